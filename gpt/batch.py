@@ -1,0 +1,67 @@
+"""How a global batch is dealt over ranks and forwards; the one place that does batch arithmetic.
+
+A global batch is a contiguous range of sample positions. Its sequences are dealt to the ranks as evenly as possible;
+ranks with fewer get zero-weight rows, so that all ranks run the same number of forwards of the same shape.
+"""
+
+from dataclasses import dataclass
+
+PADDED_SHARE_TO_WARN = 0.05
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The split of one optimizer step's sequences."""
+
+    global_batch_sequences: int
+    world_size: int
+    rows_per_forward: int
+    """Rows of one forward of one rank, zero-weight ones included; at most the recipe's micro_batch_sequences."""
+    accumulation_steps: int
+    """Forwards of each rank in one optimizer step."""
+
+    @property
+    def padded_share(self) -> float:
+        """Share of all rows that carry no weight."""
+        rows = self.rows_per_forward * self.accumulation_steps * self.world_size
+        return 1 - self.global_batch_sequences / rows
+
+    def rank_range(self, rank: int) -> tuple[int, int]:
+        """(first, end) of this rank's sequences within the global batch; sizes of ranks differ by at most one."""
+        base, extra = divmod(self.global_batch_sequences, self.world_size)
+        first = rank * base + min(rank, extra)
+        return first, first + base + (1 if rank < extra else 0)
+
+    def describe(self) -> list[str]:
+        """Lines for the start of a run."""
+        lines = [
+            f"batch: {self.global_batch_sequences} sequences = {self.world_size} ranks x {self.accumulation_steps} "
+            f"accumulation steps x {self.rows_per_forward} rows, {self.padded_share:.1%} of the rows are padding"
+        ]
+        if self.padded_share > PADDED_SHARE_TO_WARN:
+            lines.append(
+                f"warning: {self.padded_share:.1%} of the computation is padding, because {self.global_batch_sequences} "
+                f"sequences do not divide evenly over {self.world_size} ranks"
+            )
+        return lines
+
+
+def plan_batch(global_batch_sequences: int, micro_batch_sequences: int, world_size: int) -> BatchPlan:
+    """Deal a global batch: the fewest forwards of at most `micro_batch_sequences` rows, filled evenly.
+
+    Raises:
+        ValueError: more processes than sequences in a batch.
+    """
+    if world_size > global_batch_sequences:
+        raise ValueError(
+            f"{world_size} processes but only {global_batch_sequences} sequences in a global batch: some processes "
+            f"would never train; use at most {global_batch_sequences} processes or a larger train.global_batch_tokens"
+        )
+    most = -(-global_batch_sequences // world_size)
+    accumulation_steps = -(-most // micro_batch_sequences)
+    return BatchPlan(
+        global_batch_sequences,
+        world_size,
+        rows_per_forward=-(-most // accumulation_steps),
+        accumulation_steps=accumulation_steps,
+    )

@@ -1,0 +1,376 @@
+"""The recipe: one YAML file that describes a run, read into strict models.
+
+Every field has its documentation as the string below it; the README's reference is made from these strings.
+Unknown keys are errors that name the nearest known key, and all problems are reported together.
+"""
+
+import difflib
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+"""The checkout: shipped recipes and DeepSpeed files are found here from any working directory."""
+
+NUMBER = re.compile(r"[+-]?(\d[\d_]*)?(\.[\d_]*)?([eE][+-]?\d+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def _number(value: Any) -> Any:
+    """Numbers as people write them: YAML 1.1 reads `3e-4` as a string."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a number")
+    if isinstance(value, str) and value.strip() and NUMBER.fullmatch(value.strip()):
+        try:
+            return float(value.replace("_", "")) if re.search(r"[.eE]", value) else int(value.replace("_", ""))
+        except ValueError:
+            return value
+    return value
+
+
+def _whole_number(value: Any) -> Any:
+    value = _number(value)
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError(f"{value} is not a whole number")
+        return int(value)
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_whole_number)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: unknown keys refused, values frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    """What is trained: an architecture from scratch, or weights to go on from (exactly one of the two)."""
+
+    config: dict[str, Any] | None = None
+    """A transformers configuration: `model_type` and that model's own fields, as transformers names them.
+    Without `vocab_size` the tokenizer's size is taken and printed."""
+    pretrained: str | None = None
+    """Weights to go on from: a Hugging Face folder, a hub id, or the directory of another Trainyard run (its newest
+    checkpoint; the fp32 master weights are taken, so nothing is lost)."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "Model":
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError(
+                "give exactly one of model.config (from scratch) and model.pretrained (weights to go on from)"
+            )
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("model.config needs model_type, for example `model_type: llama`")
+        return self
+
+
+class Source(Section):
+    """One prepared training set of the mixture."""
+
+    path: str
+    """A folder of token shards, as `trainyard prepare` writes it (`…/train`)."""
+    weight: PositiveFloat = 1.0
+    """Its share of the samples, relative to the other sources' weights."""
+
+
+class Data(Section):
+    """What the model sees."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """The training sets and their weights."""
+    validation: str | None = None
+    """A folder of token shards that is never trained on. null: no evaluation."""
+    sequence_length: PositiveInt
+    """Tokens of one sequence (one sample)."""
+
+
+class Train(Section):
+    """Batch and length of the run. Exactly one of tokens, epochs and steps."""
+
+    global_batch_tokens: PositiveInt
+    """Tokens that one optimizer step sees, over all ranks: a whole number of sequences."""
+    micro_batch_sequences: PositiveInt
+    """The most sequences that one forward of a rank holds. Accumulation steps follow from this, the global batch and
+    the world size."""
+    tokens: PositiveInt | None = None
+    """Length of the run in tokens, rounded up to whole steps (printed)."""
+    epochs: PositiveFloat | None = None
+    """Length of the run in passes over the training data, rounded up to whole steps (printed)."""
+    steps: PositiveInt | None = None
+    """Length of the run in optimizer steps."""
+    seed: Annotated[Int, Field(ge=0)] = 0
+    """Seed of initial weights, data order and dropout."""
+
+    @model_validator(mode="after")
+    def _exactly_one_length(self) -> "Train":
+        given = [name for name in ("tokens", "epochs", "steps") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of train.tokens, train.epochs and train.steps; given: {given or 'none'}"
+            )
+        return self
+
+
+class Optimizer(Section):
+    """AdamW and its learning-rate schedule. All lengths are optimizer steps."""
+
+    type: Literal["adamw"] = "adamw"
+    """The optimizer: torch's AdamW (decoupled weight decay, arXiv:1711.05101)."""
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
+    """After the warm-up: cosine to the minimum (arXiv:1608.03983), constant and then linear to the minimum over the last
+    decay_steps (warm-up–stable–decay, arXiv:2404.06395), or constant."""
+    warmup_steps: Annotated[Int, Field(ge=0)] = 0
+    """Steps of linear warm-up; shorter than the run."""
+    decay_steps: PositiveInt | None = None
+    """Steps of the final decay; for warmup_stable_decay only, where it is required."""
+    minimum_learning_rate_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    """The last learning rate as a share of the peak (cosine and warmup_stable_decay)."""
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.1
+    """Weight decay of parameters with two or more dimensions; biases and norms have none."""
+    betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """Decay rates of AdamW's first and second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    gradient_clip_norm: PositiveFloat | None = 1.0
+    """Largest L2 norm of the gradient over all parameters; larger ones are scaled down. null: no clipping."""
+
+    @model_validator(mode="after")
+    def _decay_steps_fit_schedule(self) -> "Optimizer":
+        if (self.schedule == "warmup_stable_decay") != (self.decay_steps is not None):
+            raise ValueError(
+                f"optimizer.decay_steps belongs to schedule warmup_stable_decay and is required there; "
+                f"schedule is {self.schedule}, decay_steps is {self.decay_steps}"
+            )
+        return self
+
+
+class GradientCheckpointing(Section):
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    every_layers: PositiveInt = 1
+    """1: every decoder layer is recomputed; n: every n-th."""
+
+
+class Checkpoint(Section):
+    """When checkpoints are written and which are kept. One is always written at the end."""
+
+    every_steps: PositiveInt | None = None
+    """Write one each so many steps. null: only at the end."""
+    keep_last: PositiveInt = 3
+    """Keep the newest so many."""
+    keep_every_steps: PositiveInt | None = None
+    """Also keep, for ever, each whose step is a multiple of this."""
+
+
+class Evaluate(Section):
+    """Validation while training."""
+
+    every_steps: PositiveInt | None = None
+    """Evaluate each so many steps, and always at the end. null: only at the end."""
+    batches: PositiveInt | None = None
+    """Global batches of validation data per evaluation, from the start, in fixed order. null: all of it."""
+    sample_prompt: str | None = None
+    """Prompt of the text sample that every evaluation writes to TensorBoard: a user's message for chat data, else the
+    beginning of a text. null: the first 16 tokens of the validation set (the first message for chat data)."""
+    sample_tokens: Annotated[Int, Field(ge=0)] = 64
+    """Tokens of that sample (greedy). 0: no sample."""
+
+
+class Logging(Section):
+    """What is written while training; metrics.jsonl and TensorBoard always get every step."""
+
+    console_every_steps: PositiveInt = 10
+    """Print a line each so many steps."""
+
+
+class Recipe(Section):
+    """A complete run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    """The run's name; its directory is `<runs_directory>/<name>`."""
+    runs_directory: str = Field(default_factory=lambda: os.environ.get("TRAINYARD_RUNS", "runs"))
+    """Where run directories are. Default: the environment variable TRAINYARD_RUNS, else `runs`."""
+    model: Model
+    """What is trained."""
+    tokenizer: str
+    """The tokenizer's folder (as `trainyard prepare` writes it) or hub id. It must be the one of the data."""
+    data: Data
+    """What the model sees."""
+    train: Train
+    """Batch and length of the run."""
+    optimizer: Optimizer
+    """AdamW and its schedule."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of weights and activations in the forward and backward pass. Master weights, moments and the accumulation of
+    gradients are fp32 in each."""
+    gradient_checkpointing: GradientCheckpointing | None = None
+    """Recompute activations to save memory. null: off."""
+    deepspeed: str = "ds_configs/zero3.json"
+    """A DeepSpeed JSON file. "auto" in it marks what the recipe owns; a value in both that differs is an error."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile the decoder layers with torch.compile. auto: on for CUDA devices, off on a CPU, where the first
+    compilation takes longer than short runs gain."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When checkpoints are written and which are kept."""
+    evaluate: Evaluate = Evaluate()
+    """Validation while training."""
+    logging: Logging = Logging()
+    """What is printed."""
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> "Recipe":
+        batch, length = self.train.global_batch_tokens, self.data.sequence_length
+        if batch % length:
+            below, above = batch // length * length, (batch // length + 1) * length
+            raise ValueError(
+                f"train.global_batch_tokens is {batch}, which is not a whole number of sequences of "
+                f"data.sequence_length {length}: use {f'{below} or ' if below else ''}{above}"
+            )
+        return self
+
+    @property
+    def global_batch_sequences(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.train.global_batch_tokens // self.data.sequence_length
+
+    def run_directory(self) -> Path:
+        """The directory of this run."""
+        return Path(self.runs_directory) / self.name
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `key=value` overrides, check it and make its paths absolute.
+
+    Raises:
+        FileNotFoundError: the file is neither below the working directory nor shipped with Trainyard.
+        ValueError: not YAML, or any number of problems, all in one message.
+    """
+    file = find_shipped_file(str(path))
+    if not file.is_file():
+        shipped = sorted(p.name for p in (PROJECT_ROOT / "launch" / "recipes").glob("*.yaml"))
+        raise FileNotFoundError(f"recipe {path} does not exist; shipped in launch/recipes: {', '.join(shipped)}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} holds {type(content).__name__}, not a mapping of keys to values")
+    for override in overrides:
+        _apply_override(content, override)
+    return resolve_paths(parse_recipe(content, str(path)))
+
+
+def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
+    """Check a recipe's content; `where` names it in the error, which lists all problems."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        raise ValueError(f"recipe {where}: " + "; ".join(dict.fromkeys(problems))) from None
+
+
+def find_shipped_file(path: str) -> Path:
+    """`path` below the working directory, else below the checkout (shipped recipes, DeepSpeed files)."""
+    here = Path(path).expanduser().absolute()
+    return PROJECT_ROOT / path if not here.exists() and (PROJECT_ROOT / path).exists() else here
+
+
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths; hub ids (`organisation/name` that is no path here) stay as they are."""
+
+    def local(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    def local_or_hub(path: str) -> str:
+        return path if HUB_ID.fullmatch(path) and not Path(path).exists() else local(path)
+
+    content = recipe.model_dump()
+    content["runs_directory"] = local(recipe.runs_directory)
+    content["tokenizer"] = local_or_hub(recipe.tokenizer)
+    if recipe.model.pretrained is not None:
+        content["model"]["pretrained"] = local_or_hub(recipe.model.pretrained)
+    for source in content["data"]["train"]:
+        source["path"] = local(source["path"])
+    if recipe.data.validation is not None:
+        content["data"]["validation"] = local(recipe.data.validation)
+    content["deepspeed"] = str(find_shipped_file(recipe.deepspeed))
+    return Recipe.model_validate(content)
+
+
+def fork_recipe(recipe: Recipe, new_name: str) -> Recipe:
+    """The same recipe under a new name that starts at step 0 from the weights of this run's newest checkpoint."""
+    content = recipe.model_dump()
+    content |= {"name": new_name, "model": {"pretrained": str(recipe.run_directory())}}
+    if new_name == recipe.name:
+        raise ValueError(f"--fork needs a name other than the run's own, {recipe.name}")
+    return parse_recipe(content, f"forked as {new_name}")
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} is not key=value, for example optimizer.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    node: Any = content
+    try:
+        for part in parents:
+            if isinstance(node, list):
+                node = node[int(part)]
+            else:
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+        value = yaml.safe_load(text)
+        if isinstance(node, list):
+            node[int(last)] = value
+        else:
+            node[last] = value
+    except (AttributeError, TypeError, ValueError, IndexError, yaml.YAMLError):
+        raise ValueError(f"override {override!r}: the recipe has no place {key}") from None
+
+
+def _describe(problem: Any) -> str:
+    """One of pydantic's problems in words; for an unknown key with the nearest known one."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(_section_at(problem["loc"][:-1]).model_fields)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {where}: {hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and not isinstance(problem["input"], str | int | float):
+        return message  # our own validators of whole sections name their fields
+    return f"{where}: {message}, got {problem['input']!r}"
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[Section]:
+    """The section class that a location of pydantic's errors points into."""
+    section: type[Section] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            inner = [t for t in _leaf_types(section.model_fields[part].annotation) if issubclass(t, Section)]
+            section = inner[0] if inner else section
+    return section
+
+
+def _leaf_types(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _leaf_types(argument)
