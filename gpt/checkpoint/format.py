@@ -1,0 +1,245 @@
+"""The checkpoint format `checkpoint/1`: its manifest, its folder names, and how both are found and checked.
+
+A checkpoint is the folder `RUN/checkpoints/step_00001000/` with one `rank_NNNNN.safetensors` per rank of the run
+that wrote it, and `manifest.json`, which is written last: a folder without a manifest is not a checkpoint.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+VERSION = "checkpoint/1"
+MANIFEST_NAME = "manifest.json"
+BLOCK_BYTES = 8 * 1024 * 1024
+"""Files are hashed in blocks of this size, so that a reader can verify exactly the part that it reads."""
+
+STEP_PATTERN = re.compile(r"^step_(\d{8,})$")
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+class DamagedFileError(ValueError):
+    """A file is missing, has another size than recorded, or holds bytes whose checksum is not the recorded one."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """What the manifest knows of one file: its size and the xxh3-64 (16 hex digits) of each 8 MiB block."""
+
+    size_bytes: int = Field(ge=0)
+    blocks: list[str]
+
+
+class ParameterEntry(_Strict):
+    """One parameter: its name in the transformers model, full shape, training dtype and optimizer group.
+
+    `group` is an index into `optimizer.groups`, or None for a parameter that is not trained.
+    """
+
+    name: str
+    shape: list[int]
+    dtype: Precision
+    group: int | None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class ParameterGroup(_Strict):
+    """The scalars of one optimizer group; `step` counts the updates that the group has had."""
+
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    step: int
+
+
+class OptimizerEntry(_Strict):
+    """The optimizer's type, the per-element states that are stored (`fp32` is the master weight) and its groups."""
+
+    type: str
+    states: list[str]
+    groups: list[ParameterGroup]
+
+
+class Greedy(_Strict):
+    """A greedy continuation by the live engine: token ids of the prompt and the new ones."""
+
+    prompt_ids: list[int]
+    new_ids: list[int]
+
+
+class Probe(_Strict):
+    """One row run by the live engine on exactly the saved weights, for others to be held against.
+
+    `targets` is -1 where a position does not count; `loss` is the fp32 mean over the counted ones (nats per token).
+    `top_logits[i][j]` is the logit (training dtype, as a float) at `positions[i]` of vocabulary entry
+    `top_indices[i][j]`.
+    """
+
+    input_ids: list[int]
+    position_ids: list[int]
+    targets: list[int]
+    loss: float
+    positions: list[int]
+    top_indices: list[list[int]]
+    top_logits: list[list[float]]
+    greedy: Greedy | None
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        if not len(self.input_ids) == len(self.position_ids) == len(self.targets):
+            raise ValueError("the probe's input_ids, position_ids and targets differ in length")
+        if not len(self.positions) == len(self.top_indices) == len(self.top_logits):
+            raise ValueError("the probe's positions, top_indices and top_logits differ in length")
+        if any(len(i) != len(v) for i, v in zip(self.top_indices, self.top_logits, strict=True)):
+            raise ValueError("the probe's top_indices and top_logits differ in length")
+        if any(not 0 <= p < len(self.input_ids) for p in self.positions):
+            raise ValueError("the probe has positions outside its input_ids")
+        return self
+
+
+class Manifest(_Strict):
+    """Everything of a checkpoint except the tensors. `manifest.json` holds these keys and `checksum`.
+
+    `fragments[file]` holds, in the order of `parameters`, the `(start, count)` element range of each flattened
+    parameter that the file stores; with count 0 it stores no tensor. Together they cover every parameter.
+    The key of `architecture` in the file is `model_config`, a name that pydantic keeps for itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    version: Literal["checkpoint/1"] = "checkpoint/1"
+    step: int
+    tokens: int
+    samples_consumed: int
+    data_fingerprint: str
+    data_kind: Literal["text", "chat", "mixed"]
+    world_size: int = Field(ge=1)
+    zero_stage: int
+    generation: int
+    precision: Precision
+    parameters: list[ParameterEntry] = Field(min_length=1)
+    buffers: list[str]
+    tied: dict[str, str]
+    optimizer: OptimizerEntry
+    architecture: dict[str, Any] = Field(alias="model_config")
+    recipe: dict[str, Any]
+    versions: dict[str, str | None]
+    norms: dict[str, dict[str, float]]
+    probe: Probe | None
+    files: dict[str, FileEntry]
+    fragments: dict[str, list[tuple[int, int]]]
+
+    @model_validator(mode="after")
+    def _fragments_cover_parameters(self) -> Self:
+        for name, ranges in self.fragments.items():
+            if name not in self.files:
+                raise ValueError(f"fragments of {name} are listed, but the file itself is not")
+            if len(ranges) != len(self.parameters):
+                raise ValueError(f"{name} has {len(ranges)} fragments for {len(self.parameters)} parameters")
+        for index, parameter in enumerate(self.parameters):
+            covered = 0
+            for start, count in sorted(ranges[index] for ranges in self.fragments.values()):
+                if count and (start < 0 or count < 0 or start + count > parameter.elements):
+                    raise ValueError(f"a fragment of {parameter.name} lies outside its {parameter.elements} elements")
+                if count and start <= covered:
+                    covered = max(covered, start + count)
+            if covered != parameter.elements:
+                raise ValueError(f"{parameter.name}: element {covered} of {parameter.elements} is in no file")
+        return self
+
+
+def rank_file_name(rank: int) -> str:
+    """Name of the tensor file of `rank`."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def checkpoint_directory(run: Path, step: int) -> Path:
+    """Folder of the checkpoint of `step` in a run directory, whether it exists or not."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def temporary_checkpoint_directory(run: Path, step: int, generation: int) -> Path:
+    """Folder that a checkpoint is written into before its commit renames it to `checkpoint_directory`."""
+    return run / "checkpoints" / f".tmp-step_{step:08d}-g{generation:06d}"
+
+
+def list_checkpoints(run: Path) -> list[int]:
+    """Steps of the committed checkpoints of a run directory, ascending; empty when there is none."""
+    try:
+        entries = list((run / "checkpoints").iterdir())
+    except FileNotFoundError:
+        return []
+    matches = ((STEP_PATTERN.match(entry.name), entry) for entry in entries)
+    return sorted(int(match.group(1)) for match, entry in matches if match and (entry / MANIFEST_NAME).is_file())
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable: a rename or a new file is only safe once its folder is on disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_64_hexdigest(canonical.encode())
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` durably and atomically, with a checksum of its own content as its last key."""
+    # Through JSON and back: keys become strings first, so that the checksum is of what a reader will see.
+    content = json.loads(json.dumps(manifest.model_dump(mode="json", by_alias=True)))
+    text = json.dumps({**content, "checksum": _checksum(content)}, indent=None, separators=(",", ": "))
+    temporary = directory / f".{MANIFEST_NAME}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(directory / MANIFEST_NAME)
+    fsync_directory(directory)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint folder.
+
+    Raises FileNotFoundError when there is none, DamagedFileError when it is not what was written, and ValueError
+    for a version that this program does not read.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+        version = content["version"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory} is not a checkpoint: it holds no {MANIFEST_NAME}.") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedFileError(f"{path} is damaged: it is not a checkpoint manifest ({error}).") from error
+    if version != VERSION:
+        raise ValueError(f"{path} has the format {version!r}, and this version of Trainyard reads {VERSION!r} only.")
+    recorded, actual = content.pop("checksum", None), _checksum(content)
+    if recorded != actual:
+        raise DamagedFileError(f"{path} is damaged: its content has the checksum {actual}, recorded is {recorded}.")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a valid {VERSION} manifest: {_first_problem(error)}.") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems: Sequence[Any] = error.errors()
+    place = ".".join(str(part) for part in problems[0]["loc"])
+    return f"{place + ': ' if place else ''}{problems[0]['msg']}"
