@@ -118,6 +118,15 @@ def write_safetensors(
         return output.finish()
 
 
+def hash_file(path: Path) -> FileEntry:
+    """Size and block checksums of a file as it is."""
+    blocks = []
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            blocks.append(xxhash.xxh3_64_hexdigest(block))
+        return FileEntry(size_bytes=file.tell(), blocks=blocks)
+
+
 def _header(tensors: list[TensorToWrite], metadata: Mapping[str, str] | None) -> bytes:
     content: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -273,6 +282,10 @@ class FragmentFile:
             offset = self._data_start + self._entry(name)["data_offsets"][0] + start * values.itemsize
             self._file.read_into(offset, _bytes_of(values))
         return values
+
+    def check_size(self) -> None:
+        """Raise DamagedFileError when the file is missing or has another size than recorded."""
+        self._file.check_size()
 
     def verify(self) -> None:
         """Check every block of the file; raises DamagedFileError for the first that differs."""

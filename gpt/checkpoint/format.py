@@ -71,6 +71,8 @@ class OptimizerEntry(_Strict):
     type: str
     states: list[str]
     groups: list[ParameterGroup]
+    loss_scaler: dict[str, float] = {}
+    """Numbers of the dynamic fp16 loss scale; empty in other precisions."""
 
 
 class Greedy(_Strict):
@@ -115,7 +117,8 @@ class Manifest(_Strict):
 
     `fragments[file]` holds, in the order of `parameters`, the `(start, count)` element range of each flattened
     parameter that the file stores; with count 0 it stores no tensor. Together they cover every parameter.
-    The key of `architecture` in the file is `model_config`, a name that pydantic keeps for itself.
+    `model_config_dict` is the transformers configuration; its key in the file is `model_config`, an attribute that
+    pydantic keeps for itself. `norms[parameter][state]` is the L2 norm of the whole tensor.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -124,6 +127,7 @@ class Manifest(_Strict):
     step: int
     tokens: int
     samples_consumed: int
+    skipped_steps: int = 0
     data_fingerprint: str
     data_kind: Literal["text", "chat", "mixed"]
     world_size: int = Field(ge=1)
@@ -134,7 +138,7 @@ class Manifest(_Strict):
     buffers: list[str]
     tied: dict[str, str]
     optimizer: OptimizerEntry
-    architecture: dict[str, Any] = Field(alias="model_config")
+    model_config_dict: dict[str, Any] = Field(alias="model_config")
     recipe: dict[str, Any]
     versions: dict[str, str | None]
     norms: dict[str, dict[str, float]]

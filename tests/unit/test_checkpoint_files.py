@@ -10,6 +10,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_checkpoint import change_manifest, forward, in_dtype, make_model, write_checkpoint
 
 from gpt.checkpoint.files import (
     DTYPE_CODES,
@@ -18,7 +19,17 @@ from gpt.checkpoint.files import (
     VerifiedFile,
     write_safetensors,
 )
-from gpt.checkpoint.format import BLOCK_BYTES, DamagedFileError, FileEntry
+from gpt.checkpoint.format import (
+    BLOCK_BYTES,
+    DamagedFileError,
+    FileEntry,
+    checkpoint_directory,
+    list_checkpoints,
+    read_manifest,
+    temporary_checkpoint_directory,
+    write_manifest,
+)
+from gpt.checkpoint.read import CheckpointReader, load_plain_model, newest_checkpoint
 
 
 def to_write(name: str, tensor: torch.Tensor, chunk: int | None = None) -> TensorToWrite:
@@ -171,3 +182,129 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 32, f"{result.stdout.strip()} MiB"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_any_range_is_the_same_whatever_the_number_of_ranks(tmp_path: Path, ranks: int) -> None:
+    model = make_model()
+    reader = CheckpointReader(write_checkpoint(tmp_path / "run", model, ranks=ranks))
+    reader.verify()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(reader.read_tensor(name), parameter), name
+        assert torch.equal(reader.read_tensor(name, "exp_avg_sq"), parameter * 0.0001), name
+        flat, third = parameter.reshape(-1), parameter.numel() // 3
+        assert torch.equal(reader.read_range("exp_avg", name, third, third + 1), flat[third : 2 * third + 1] * 0.01)
+    assert torch.equal(reader.read_tensor(name, dtype=torch.bfloat16), parameter.to(torch.bfloat16))
+    assert reader.read_rng(ranks - 1).dtype == torch.uint8
+    with pytest.raises(ValueError, match=f"states of {ranks} ranks, not of rank {ranks}"):
+        reader.read_rng(ranks)
+    with pytest.raises(ValueError, match="holds no parameter nothing"):
+        reader.read_tensor("nothing")
+    with pytest.raises(DamagedFileError, match="holds no tensor exp_avg_cubed/"):
+        reader.read_tensor(name, "exp_avg_cubed")
+
+
+def test_a_parameter_smaller_than_the_world_is_read(tmp_path: Path) -> None:
+    model = make_model()
+    model.register_parameter("gate", torch.nn.Parameter(torch.tensor([4.5])))
+    reader = CheckpointReader(write_checkpoint(tmp_path / "run", model, ranks=3, probe=False))
+    assert reader.read_tensor("gate").item() == 4.5
+
+
+def test_the_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "run", make_model(), ranks=3)
+    manifest = read_manifest(directory)
+    assert manifest.step == 10 and manifest.world_size == 3 and manifest.version == "checkpoint/1"
+    write_manifest(directory, manifest)
+    assert read_manifest(directory) == manifest
+    assert json.loads((directory / "manifest.json").read_text())["model_config"]["model_type"] == "llama"
+    assert [path.name for path in directory.glob(".*")] == []
+
+
+def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "run", make_model())
+    path = directory / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"step": 10', '"step": 11', 1))
+    with pytest.raises(DamagedFileError, match=r"manifest\.json is damaged: its content has the checksum"):
+        read_manifest(directory)
+    path.write_text(text[:100])
+    with pytest.raises(DamagedFileError, match="not a checkpoint manifest"):
+        read_manifest(directory)
+    path.write_text(text.replace("checkpoint/1", "checkpoint/2"))
+    with pytest.raises(ValueError, match="has the format 'checkpoint/2', and this version of Trainyard reads"):
+        read_manifest(directory)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
+        read_manifest(directory)
+
+
+def test_fragments_with_a_gap_are_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "run", make_model(), ranks=2)
+    fragments = read_manifest(directory).model_dump()["fragments"]
+    fragments["rank_00001.safetensors"][0] = (0, 0)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight: element 4160 of 8320 is in no file"):
+        change_manifest(directory, fragments=fragments)
+
+
+def test_only_committed_checkpoints_are_listed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert list_checkpoints(run) == []
+    for step in (20, 100_000_000, 3):
+        write_checkpoint(run, make_model(), step=step, probe=False)
+    temporary_checkpoint_directory(run, 30, 3).mkdir()
+    (checkpoint_directory(run, 40)).mkdir()
+    (run / "checkpoints" / "step_00000050.old").mkdir()
+    (run / "checkpoints" / "step_00000050.old" / "manifest.json").touch()
+    assert list_checkpoints(run) == [3, 20, 100_000_000]
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    run, model, lines = tmp_path / "run", make_model(), []
+    for step in (1, 2, 3, 4):
+        write_checkpoint(run, model, step=step, probe=False)
+    newest = newest_checkpoint(run, report=lines.append)
+    assert newest is not None and newest.manifest.step == 4 and lines == []
+    cut = checkpoint_directory(run, 4) / "rank_00001.safetensors"
+    with cut.open("r+b") as file:
+        file.truncate(100)
+    (checkpoint_directory(run, 3) / "manifest.json").write_text("{")
+    newest = newest_checkpoint(run, report=lines.append)
+    assert newest is not None and newest.manifest.step == 2
+    assert len(lines) == 2 and "step 4 is passed over" in lines[0] and "rank_00001.safetensors has 100" in lines[0]
+    assert "step 3 is passed over" in lines[1]
+    before = newest_checkpoint(run, report=lines.append, before_step=2)
+    assert before is not None and before.manifest.step == 1
+    assert newest_checkpoint(run, report=lines.append, before_step=1) is None
+
+
+def test_verify_names_the_first_damaged_file(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "run", make_model(), ranks=3)
+    flip_byte(directory / "rank_00001.safetensors", 5000)
+    with pytest.raises(DamagedFileError, match=r"rank_00001\.safetensors is damaged: block 0"):
+        CheckpointReader(directory).verify()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_plain_model_gives_the_live_logits(tmp_path: Path, model_type: str) -> None:
+    model = make_model(model_type, tie_word_embeddings=True)
+    write_checkpoint(tmp_path / "run", model, precision="fp32")
+    loaded = load_plain_model(tmp_path / "run")
+    assert not loaded.training and loaded.dtype == torch.float32
+    ids = list(range(30))
+    assert torch.equal(forward(loaded, ids, ids), forward(model, ids, ids))
+    half = load_plain_model(tmp_path / "run", torch.bfloat16)
+    assert torch.equal(forward(half, ids, ids), forward(in_dtype(model, torch.bfloat16), ids, ids))
+
+
+def test_parameters_that_are_not_the_configurations_are_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "run", make_model())
+    config = read_manifest(directory).model_config_dict
+    change_manifest(directory, model_config=config | {"intermediate_size": 48})
+    with pytest.raises(
+        ValueError, match=r"down_proj\.weight has the shape \(32, 64\) in the checkpoint and \(32, 48\)"
+    ):
+        load_plain_model(tmp_path / "run")
+    change_manifest(directory, model_config=config | {"model_type": "perceptron"})
+    with pytest.raises(ValueError, match=r"model type 'perceptron' .* is unknown"):
+        load_plain_model(tmp_path / "run")

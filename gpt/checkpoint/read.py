@@ -1,0 +1,196 @@
+"""Reading a checkpoint at any world size and without an engine: any range of any tensor, verified block by block."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from gpt.checkpoint.files import FragmentFile
+from gpt.checkpoint.format import (
+    DamagedFileError,
+    Manifest,
+    Precision,
+    checkpoint_directory,
+    list_checkpoints,
+    rank_file_name,
+    read_manifest,
+)
+
+TORCH_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class CheckpointReader:
+    """The tensors of one committed checkpoint. Files are opened when first needed, and only needed blocks are read.
+
+    Raises FileNotFoundError, DamagedFileError or ValueError as `read_manifest` does.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest: Manifest = read_manifest(directory)
+        self._files: dict[str, FragmentFile] = {}
+        self._indices = {entry.name: index for index, entry in enumerate(self.manifest.parameters)}
+        # One block kept per file makes reading in order cheap; two only while that is little memory.
+        self._cache_blocks = 2 if len(self.manifest.files) <= 16 else 1
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes taken from the files so far."""
+        return sum(file.bytes_read for file in self._files.values())
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Full shape of a parameter."""
+        return tuple(self.manifest.parameters[self._index(parameter)].shape)
+
+    def read_range(self, state: str, parameter: str, start: int, count: int) -> torch.Tensor:
+        """Elements `[start, start + count)` of a flattened parameter's `state`, whichever ranks wrote them.
+
+        `state` is one of `manifest.optimizer.states` (`fp32` is the master weight). Returns fp32 [count].
+        """
+        index = self._index(parameter)
+        elements = self.manifest.parameters[index].elements
+        if start < 0 or count < 0 or start + count > elements:
+            raise ValueError(f"Elements {start} to {start + count} lie outside {parameter}, which has {elements}.")
+        result = torch.empty(count, dtype=torch.float32)
+        position, end = start, start + count
+        ranges = sorted((r[index][0], r[index][1], name) for name, r in self.manifest.fragments.items())
+        for fragment_start, fragment_count, name in ranges:
+            stop = min(end, fragment_start + fragment_count)
+            if fragment_start <= position < stop:
+                file, tensor = self._file(name), f"{state}/{parameter}"
+                if file.shape(tensor) != (fragment_count,):
+                    raise DamagedFileError(
+                        f"{file.path} holds {tensor} with the shape {file.shape(tensor)}, but the manifest says "
+                        f"({fragment_count},)."
+                    )
+                values = file.read(tensor, position - fragment_start, stop - position)
+                result[position - start : stop - start] = values
+                position = stop
+        assert position == end, "the manifest guarantees that fragments cover every parameter"
+        return result
+
+    def read_tensor(self, parameter: str, state: str = "fp32", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A whole parameter's `state` in its full shape, rounded from fp32 to `dtype`."""
+        shape = self.shape(parameter)
+        return self.read_range(state, parameter, 0, math.prod(shape)).to(dtype).reshape(shape)
+
+    def read_rng(self, rank: int) -> torch.Tensor:
+        """State of torch's CPU generator on `rank` of the run that wrote the checkpoint: uint8 [bytes]."""
+        if not 0 <= rank < self.manifest.world_size:
+            raise ValueError(
+                f"{self.directory} has the states of {self.manifest.world_size} ranks, not of rank {rank}."
+            )
+        return self._file(rank_file_name(rank)).read("rng/torch_cpu")
+
+    def read_buffer(self, name: str) -> torch.Tensor:
+        """A persistent buffer in its own shape and dtype."""
+        file, tensor = self._file(rank_file_name(0)), f"buffer/{name}"
+        return file.read(tensor).reshape(file.shape(tensor))
+
+    def check_sizes(self) -> None:
+        """Raise DamagedFileError for the first file that is missing or has another size than recorded."""
+        for name in self.manifest.files:
+            self._file(name).check_size()
+
+    def verify(self) -> None:
+        """Read every block of every file; raises DamagedFileError for the first that is damaged."""
+        for name in self.manifest.files:
+            self._file(name).verify()
+
+    def _index(self, parameter: str) -> int:
+        try:
+            return self._indices[parameter]
+        except KeyError:
+            raise ValueError(f"{self.directory} holds no parameter {parameter}.") from None
+
+    def _file(self, name: str) -> FragmentFile:
+        if name not in self._files:
+            try:
+                entry = self.manifest.files[name]
+            except KeyError:
+                raise DamagedFileError(f"The manifest of {self.directory} lists no file {name}.") from None
+            self._files[name] = FragmentFile(self.directory / name, entry, cache_blocks=self._cache_blocks)
+        return self._files[name]
+
+
+def newest_checkpoint(
+    run: Path, *, report: Callable[[str], None], before_step: int | None = None
+) -> CheckpointReader | None:
+    """The newest checkpoint of a run directory whose manifest and file sizes are right, or None.
+
+    A damaged one is passed over for the one before it, with a line to `report`. Blocks are verified when they are read:
+    a caller that meets a DamagedFileError then asks again with `before_step`, the step of the damaged checkpoint.
+    """
+    for step in reversed(list_checkpoints(run)):
+        if before_step is not None and step >= before_step:
+            continue
+        try:
+            reader = CheckpointReader(checkpoint_directory(run, step))
+            reader.check_sizes()
+            return reader
+        except DamagedFileError as error:
+            report(f"The checkpoint of step {step} is passed over: {error}")
+    return None
+
+
+def open_checkpoint(run: Path, step: int | None = None) -> CheckpointReader:
+    """The checkpoint of `step` of a run directory, the newest by default. Nothing damaged is passed over here.
+
+    Raises FileNotFoundError when `run` is no run directory, and ValueError when it has no such checkpoint.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{run} is not a run directory: it has no folder checkpoints/.")
+    steps = list_checkpoints(run)
+    if not steps:
+        raise ValueError(f"{run} has no committed checkpoint; train until one is written.")
+    if step is not None and step not in steps:
+        raise ValueError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+    return CheckpointReader(checkpoint_directory(run, steps[-1] if step is None else step))
+
+
+def empty_model(manifest: Manifest, dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model of a checkpoint with unset parameters, for `no_init_weights` or the meta device.
+
+    Raises ValueError for a model type that transformers does not know, or whose parameters are not the checkpoint's.
+    """
+    fields = manifest.model_config_dict
+    model_type = str(fields.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"The model type {model_type!r} of the checkpoint is unknown to this version of transformers.")
+    config = CONFIG_MAPPING[model_type].from_dict(fields)
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    expected = {entry.name: tuple(entry.shape) for entry in manifest.parameters}
+    actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if expected != actual:
+        names = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+        name = names[0]
+        raise ValueError(
+            f"The checkpoint's parameters are not those of its configuration: {name} has the shape "
+            f"{expected.get(name, 'none')} in the checkpoint and {actual.get(name, 'none')} in transformers' "
+            f"{type(model).__name__} ({len(names)} differ)."
+        )
+    return model
+
+
+def load_plain_model(source: Path, dtype: torch.dtype | None = None, *, step: int | None = None) -> PreTrainedModel:
+    """A transformers model on the CPU of this process with a checkpoint's weights, in evaluation mode.
+
+    `source` is a run directory; `dtype` is the training dtype by default. Tensors are read one after the other.
+    Raises as `open_checkpoint` and `empty_model` do, and DamagedFileError for a damaged file.
+    """
+    reader = open_checkpoint(source, step)
+    dtype = TORCH_DTYPES[reader.manifest.precision] if dtype is None else dtype
+    model = empty_model(reader.manifest, dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read_tensor(name).to(parameter.dtype))
+        buffers = dict(model.named_buffers())
+        for name in reader.manifest.buffers:
+            buffers[name].copy_(reader.read_buffer(name))
+    return model.eval()
