@@ -1,0 +1,280 @@
+"""The command `trainyard`: parse, call, print; no logic.
+
+Exit codes: 0 done, 1 refused or failed with one sentence, 2 wrong arguments, 128 + n ended by signal n.
+Modules of the project are imported inside the commands, because torch alone takes longer than `--help` should.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="trainyard",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="From raw text to a chat model that can be served.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
+
+
+def main() -> None:
+    """Entry point: errors of the user's input become one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRAINYARD_DEBUG") == "1":
+            raise
+        print(f"trainyard: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _answer(as_json: bool) -> Iterator[Callable[[Any], None]]:
+    """Gives the function that prints a command's answer.
+
+    With --json, what libraries print on stdout (also from C++) goes to stderr, and the answer is all that stdout gets.
+    """
+    if not as_json:
+        yield lambda answer: None
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    answers: list[Any] = []
+    try:
+        yield answers.append
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    for answer in answers:
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with an ETA on stderr; gives the function to call with (done, total) in bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[str], typer.Option("--input", help="File, folder or glob; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Folder for train/, validation/, tokenizer/ and report.json.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer to use.")] = None,
+    train_tokenizer: Annotated[
+        int | None, typer.Option(metavar="VOCABULARY", help="Train a byte-level BPE tokenizer of this size.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="auto, text, csv, jsonl, parquet or chat.")] = "auto",
+    text_field: Annotated[str, typer.Option(help="Column or field that holds the text.")] = "text",
+    prompt_field: Annotated[str, typer.Option(help="Column of the user's message (chat).")] = "prompt",
+    response_field: Annotated[str, typer.Option(help="Column of the assistant's message (chat).")] = "response",
+    delimiter: Annotated[str | None, typer.Option(help="CSV delimiter; found from the header if not given.")] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
+    validation_fraction: Annotated[float, typer.Option(help="Share of the documents kept for validation.")] = 0.01,
+    validation_input: Annotated[
+        list[str] | None, typer.Option(help="Files kept for validation instead of a share; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Turn text, CSV, JSONL, Parquet or chat files into token shards and a tokenizer.
+
+    Example: `trainyard prepare --input reviews.csv --text-field review --train-tokenizer 8192 --out data/reviews`
+    """
+    from data_pipeline.prepare import PrepareOptions
+    from data_pipeline.prepare import prepare as run_prepare
+
+    options = PrepareOptions(
+        inputs=inputs,
+        output=out,
+        tokenizer=tokenizer,
+        train_vocabulary=train_tokenizer,
+        format=format,
+        text_field=text_field,
+        prompt_field=prompt_field,
+        response_field=response_field,
+        delimiter=delimiter,
+        encoding=encoding,
+        validation_fraction=validation_fraction,
+        validation_inputs=validation_input or [],
+        seed=seed,
+    )
+    with _answer(as_json) as answer:
+        with _progress("prepare") as progress:
+            report = run_prepare(options, progress)
+        answer(report)
+        if not as_json:
+            _print_table(str(out), report)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Worker processes here; default: one per GPU, else 2.")] = None,
+    nodes: Annotated[int, typer.Option(help="Hosts of the run; this command is started on each.")] = 1,
+    node_rank: Annotated[int, typer.Option(help="This host's number, from 0.")] = 0,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Address of host 0, for nodes > 1.")
+    ] = None,
+    fork: Annotated[
+        str | None, typer.Option(metavar="NEW_NAME", help="New run from this run's newest weights.")
+    ] = None,
+) -> None:
+    """Train a model, or go on with a run whose directory holds a checkpoint.
+
+    Example: `trainyard train launch/recipes/quickstart_pretrain.yaml optimizer.learning_rate=1e-3 --processes 2`
+    """
+    from gpt.recipe import fork_recipe, load_recipe
+    from gpt.train import check
+    from launch.local import default_processes, run_workers
+
+    resolved = load_recipe(recipe, overrides or [])
+    if fork is not None:
+        resolved = fork_recipe(resolved, fork)
+    if processes is None:
+        processes, reason = default_processes()
+        print(f"processes: {processes} ({reason})", flush=True)
+    for line in check(resolved, processes * nodes):
+        print(line, flush=True)
+    code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+    raise typer.Exit(code)
+
+
+@app.command()
+def evaluate(
+    source: Annotated[Path, typer.Argument(help="Run directory or model folder.")],
+    data: Annotated[Path, typer.Option(help="Folder of token shards, or a text file.")],
+    batches: Annotated[int | None, typer.Option(help="Only so many batches; default: all.")] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of a text file.")] = "utf-8",
+    as_json: AsJson = False,
+) -> None:
+    """Loss, perplexity, token accuracy and bits per byte of a run or of a model folder.
+
+    Example: `trainyard evaluate runs/quickstart-pretrain --data data/shakespeare/validation --json`
+    """
+    from gpt.evaluate import evaluate_path
+
+    with _answer(as_json) as answer:
+        result = evaluate_path(source, data, batches=batches, text_encoding=encoding)
+        answer(result)
+        if not as_json:
+            _print_table(str(source), result)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model to write; must not exist or be empty.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
+
+    Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat`
+    """
+    from gpt.export import export_run
+
+    with _answer(as_json) as answer:
+        with _progress("export") as progress:
+            report = export_run(source, out, step=step, dtype=dtype, progress=progress)
+        answer(report)
+        if not as_json:
+            _print_table(str(out), report)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
+    prompt: Annotated[list[str], typer.Option(help="Text or question; may be repeated.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_chat: Annotated[
+        bool | None, typer.Option("--as-chat/--as-text", help="Default: chat where the folder has a chat template.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue texts or answer questions.
+
+    Example: `trainyard generate exports/quickstart-chat --prompt "What is AI?"`
+    """
+    from gpt.generate import generate as run_generate
+
+    with _answer(as_json) as answer:
+        answers = list(
+            run_generate(
+                model,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                as_chat=as_chat,
+            )
+        )
+        answer(answers)
+        if not as_json:
+            for item in answers:
+                print(f"{item['prompt']}\n  {item['text']}{'' if item['ended'] else ' …'}")
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk with a model in the terminal; /exit ends.
+
+    Example: `trainyard chat exports/quickstart-chat`
+    """
+    from gpt.generate import chat as run_chat
+
+    run_chat(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+def _print_table(title: str, values: dict[str, Any]) -> None:
+    """A two-column table of a command's answer; nested values with their keys joined by dots."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "", title=title, show_header=False, title_justify="left")
+    for name, value in _flatten(values):
+        table.add_row(
+            name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        )
+    Console().print(table)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+if __name__ == "__main__":
+    main()

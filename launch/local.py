@@ -1,0 +1,208 @@
+"""N worker processes on this host, or this host's share of a run on many; owns signals and exit codes.
+
+torchrun's agent starts the workers and ends them all when one fails. What the user sees, which signals end a run and
+with which exit code is decided here.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from launch import environment
+from launch.worker_output import RankLogs, log_directory, shown_on_terminal
+
+if TYPE_CHECKING:
+    from gpt.recipe import Recipe
+
+WORKER_MODULE = "gpt.train"
+MEETING_TIMEOUT_SECONDS = 600
+SHUTDOWN_TIMEOUT_SECONDS = 30
+"""How long workers may take to end after SIGTERM before they get SIGKILL."""
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def default_processes() -> tuple[int, str]:
+    """(worker processes for this host, why): one per GPU, else two where there are two cores, else one."""
+    if devices := environment.cuda_devices():
+        return devices, f"one for each of {devices} GPUs"
+    cores = environment.usable_cores()
+    return min(2, cores), f"no GPU, {cores} core{'s' if cores > 1 else ''}"
+
+
+def run_workers(
+    recipe: "Recipe", *, processes: int, nodes: int = 1, node_rank: int = 0, rendezvous: str | None = None
+) -> int:
+    """Run this host's workers of a run to their end.
+
+    Args:
+        recipe: resolved; the workers get it through the environment variable TRAINYARD_RECIPE.
+        processes: workers on this host; the same number on every host.
+        nodes: hosts of the run.
+        node_rank: this host's number, 0 to nodes - 1. Ranks are numbered by it, and host 0 holds the meeting point.
+        rendezvous: HOST:PORT of host 0, under which all hosts reach it. Required for several hosts.
+
+    Returns:
+        The exit code: 0 done, 1 a worker refused or failed (said on stderr), 128 + signal when a signal ended the run.
+
+    Raises:
+        ValueError: numbers that do not fit together.
+        OSError: the hosts did not meet in MEETING_TIMEOUT_SECONDS, or the run directory is not writable.
+    """
+    config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
+    with _error_directory() as errors, _environment_for(recipe, processes, errors), _ending_signals() as received:
+        logs = RankLogs(log_directory(recipe.run_directory()))
+        config.logs_specs = logs
+        try:
+            with shown_on_terminal(logs):
+                elastic_launch(config, sys.executable)("-P", "-m", WORKER_MODULE)
+        except ChildFailedError as error:
+            print("\n".join(_explain(error.failures, errors, logs)), file=sys.stderr, flush=True)
+            return 1
+        except SignalException:
+            number = received[0]
+            print(
+                f"trainyard: stopped by {number.name}; all workers of this host have ended", file=sys.stderr, flush=True
+            )
+            return 128 + number
+        except (RendezvousError, torch.distributed.DistError) as error:
+            raise ConnectionError(
+                f"the {nodes} hosts of the run did not meet at {config.rdzv_endpoint}: {' '.join(str(error).split())}; "
+                f"start all within {MEETING_TIMEOUT_SECONDS} s, with a port free on host 0 and open to the others"
+            ) from error
+    return 0
+
+
+def _launch_config(
+    recipe: "Recipe", processes: int, nodes: int, node_rank: int, rendezvous: str | None
+) -> LaunchConfig:
+    if processes < 1 or nodes < 1:
+        raise ValueError(f"--processes and --nodes are at least 1; given: {processes} and {nodes}")
+    if not 0 <= node_rank < nodes:
+        raise ValueError(f"--node-rank is {node_rank}, but {nodes} node(s) have ranks 0 to {nodes - 1}")
+    if nodes > 1 and rendezvous is None:
+        raise ValueError(f"{nodes} nodes need --rendezvous HOST:PORT, an address of node 0 that all nodes reach")
+    config = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=processes,
+        run_id=recipe.name,
+        max_restarts=0,
+        monitor_interval=0.1,
+        signals_to_handle="SIGQUIT",  # the others are ours, see _ending_signals
+        shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS,
+    )
+    config.rdzv_configs["timeout"] = MEETING_TIMEOUT_SECONDS
+    if rendezvous is None:
+        # port 0: the agent takes a free one and keeps it; nothing is guessed between choosing and using
+        config.rdzv_backend, config.rdzv_endpoint, config.local_addr = "c10d", "127.0.0.1:0", "127.0.0.1"
+        config.rdzv_configs["is_host"] = True
+    else:
+        # static: ranks follow node_rank and only host 0 listens; c10d sorts hosts by name and guesses which one listens
+        config.rdzv_backend, config.rdzv_endpoint = "static", _checked_endpoint(rendezvous)
+        config.rdzv_configs["rank"] = node_rank
+    return config
+
+
+def _checked_endpoint(rendezvous: str) -> str:
+    host, colon, port = rendezvous.rpartition(":")
+    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"--rendezvous is {rendezvous!r}, not HOST:PORT with a port from 1 to 65535")
+    return rendezvous
+
+
+@contextlib.contextmanager
+def _error_directory() -> Iterator[Path]:
+    """Where workers leave why they refused or failed, one file a rank."""
+    directory = Path(tempfile.mkdtemp(prefix="trainyard-errors-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator[None]:
+    """The workers' environment, which they inherit from this process; undone afterwards."""
+    before = dict(os.environ)
+    os.environ.update(environment.worker_environment(processes))
+    os.environ["TRAINYARD_RECIPE"] = json.dumps(recipe.model_dump(mode="json"))
+    os.environ["TRAINYARD_ERROR_DIRECTORY"] = str(errors)
+    for lock in environment.clear_stale_build_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
+        print(f"removed the build lock {lock}, which a killed run left behind", file=sys.stderr, flush=True)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # the agent's own words; this file says what happened
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[list[signal.Signals]]:
+    """Turn the first ending signal into the end of all workers; later ones must not interrupt that end.
+
+    The agent's own handlers would pass SIGINT on, which prints a traceback in every worker, and a second signal would
+    leave workers behind. The list holds the received signal.
+    """
+    received: list[signal.Signals] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in ENDING_SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        received.append(signal.Signals(number))
+        raise SignalException(f"received {received[0].name}", signal.SIGTERM)
+
+    previous: dict[signal.Signals, Any] = {number: signal.signal(number, end) for number in ENDING_SIGNALS}
+    previous[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)  # the agent takes it
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _explain(failures: dict[int, ProcessFailure], errors: Path, logs: RankLogs) -> list[str]:
+    """Why the workers of this host failed: refusals once each, else the killing signal, else the first traceback."""
+    refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(errors.glob("rank_*[0-9].txt"))]
+    if refusals:
+        return [f"trainyard: error: {sentence}" for sentence in dict.fromkeys(refusals)]
+    host = socket.gethostname()
+    tracebacks = sorted(errors.glob("rank_*.traceback.txt"), key=lambda file: file.stat().st_mtime_ns)
+    lines = [
+        f"trainyard: error: rank {rank} (process {failure.pid} on {host}) was killed by {failure.signal_name()}"
+        + (", as the kernel does when memory runs out" if failure.exitcode == -signal.SIGKILL else "")
+        for rank, failure in sorted(failures.items())
+        # an abort is how native code ends when its peer has failed; where somebody explains more, it says nothing
+        if failure.exitcode < 0 and not (tracebacks and failure.exitcode == -signal.SIGABRT)
+    ]
+    if not lines and tracebacks:
+        # the other ranks' tracebacks only say that this one went away; they are in the logs
+        first = int(tracebacks[0].name.removeprefix("rank_").removesuffix(".traceback.txt"))
+        lines = [
+            f"trainyard: error: rank {first} on {host} failed first:",
+            tracebacks[0].read_text(encoding="utf-8").rstrip(),
+        ]
+    if not lines:
+        rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+        lines = [
+            f"trainyard: error: rank {rank} (process {failure.pid} on {host}) ended with exit code {failure.exitcode}"
+        ]
+    return [f"trainyard: what every rank printed: {logs.directory}", *lines]
