@@ -184,25 +184,46 @@ def _explain(failures: dict[int, ProcessFailure], errors: Path, logs: RankLogs) 
     refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(errors.glob("rank_*[0-9].txt"))]
     if refusals:
         return [f"trainyard: error: {sentence}" for sentence in dict.fromkeys(refusals)]
-    host = socket.gethostname()
-    tracebacks = sorted(errors.glob("rank_*.traceback.txt"), key=lambda file: file.stat().st_mtime_ns)
-    lines = [
-        f"trainyard: error: rank {rank} (process {failure.pid} on {host}) was killed by {failure.signal_name()}"
-        + (", as the kernel does when memory runs out" if failure.exitcode == -signal.SIGKILL else "")
+    tracebacks = {_rank_of(file): file for file in errors.glob("rank_*.traceback.txt")}
+    killed = _killed(failures)
+    causes = [sentence for sentences in killed.values() for sentence in sentences]
+    causes += [
+        f"{_worker(rank, failure)} ended with exit code {failure.exitcode} and left no traceback"
         for rank, failure in sorted(failures.items())
-        # an abort is how native code ends when its peer has failed; where somebody explains more, it says nothing
-        if failure.exitcode < 0 and not (tracebacks and failure.exitcode == -signal.SIGABRT)
+        if failure.exitcode > 0 and rank not in tracebacks
     ]
-    if not lines and tracebacks:
-        # the other ranks' tracebacks only say that this one went away; they are in the logs
-        first = int(tracebacks[0].name.removeprefix("rank_").removesuffix(".traceback.txt"))
-        lines = [
-            f"trainyard: error: rank {first} on {host} failed first:",
-            tracebacks[0].read_text(encoding="utf-8").rstrip(),
-        ]
-    if not lines:
-        rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
-        lines = [
-            f"trainyard: error: rank {rank} (process {failure.pid} on {host}) ended with exit code {failure.exitcode}"
-        ]
-    return [f"trainyard: what every rank printed: {logs.directory}", *lines]
+    # native code also aborts because its peer has failed, so an abort does not hide a traceback
+    if tracebacks and killed.keys() <= {signal.SIGABRT}:
+        # the other ranks' later tracebacks only say that this one went away; they are in the logs
+        first = min(tracebacks, key=lambda rank: tracebacks[rank].stat().st_mtime_ns)
+        text = tracebacks[first].read_text(encoding="utf-8").rstrip()
+        causes.append(f"rank {first} on {socket.gethostname()} failed:\n{text}")
+    return [
+        f"trainyard: what every rank printed: {logs.directory}",
+        *(f"trainyard: error: {cause}" for cause in causes),
+    ]
+
+
+def _rank_of(file: Path) -> int:
+    return int(file.name.removeprefix("rank_").partition(".")[0])
+
+
+def _killed(failures: dict[int, ProcessFailure]) -> dict[signal.Signals, list[str]]:
+    """Sentences on the ranks that a signal ended. The agent ends the others with SIGTERM, so that one counts only when
+    nothing else happened."""
+    killed: dict[signal.Signals, list[str]] = {}
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode >= 0 or (failure.exitcode == -signal.SIGTERM and _others_failed(failures)):
+            continue
+        number = signal.Signals(-failure.exitcode)
+        hint = ", as the kernel does when memory runs out" if number is signal.SIGKILL else ""
+        killed.setdefault(number, []).append(f"{_worker(rank, failure)} was killed by {number.name}{hint}")
+    return killed
+
+
+def _others_failed(failures: dict[int, ProcessFailure]) -> bool:
+    return any(failure.exitcode != -signal.SIGTERM for failure in failures.values())
+
+
+def _worker(rank: int, failure: ProcessFailure) -> str:
+    return f"rank {rank} (process {failure.pid} on {socket.gethostname()})"
