@@ -44,14 +44,14 @@ class CheckpointReader:
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Full shape of a parameter."""
-        return tuple(self.manifest.parameters[self._index(parameter)].shape)
+        return tuple(self.manifest.parameters[self.index(parameter)].shape)
 
     def read_range(self, state: str, parameter: str, start: int, count: int) -> torch.Tensor:
         """Elements `[start, start + count)` of a flattened parameter's `state`, whichever ranks wrote them.
 
         `state` is one of `manifest.optimizer.states` (`fp32` is the master weight). Returns fp32 [count].
         """
-        index = self._index(parameter)
+        index = self.index(parameter)
         elements = self.manifest.parameters[index].elements
         if start < 0 or count < 0 or start + count > elements:
             raise ValueError(f"Elements {start} to {start + count} lie outside {parameter}, which has {elements}.")
@@ -101,7 +101,8 @@ class CheckpointReader:
         for name in self.manifest.files:
             self._file(name).verify()
 
-    def _index(self, parameter: str) -> int:
+    def index(self, parameter: str) -> int:
+        """Place of a parameter in `manifest.parameters`."""
         try:
             return self._indices[parameter]
         except KeyError:
@@ -135,6 +136,12 @@ def newest_checkpoint(
         except DamagedFileError as error:
             report(f"The checkpoint of step {step} is passed over: {error}")
     return None
+
+
+def newest_manifest(run: Path) -> Manifest | None:
+    """The manifest of the newest checkpoint of a run directory, or None where there is no checkpoint."""
+    steps = list_checkpoints(run)
+    return read_manifest(checkpoint_directory(run, steps[-1])) if steps else None
 
 
 def open_checkpoint(run: Path, step: int | None = None) -> CheckpointReader:
