@@ -8,11 +8,9 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -65,14 +63,14 @@ def run_workers(
         OSError: the hosts did not meet in MEETING_TIMEOUT_SECONDS, or the run directory is not writable.
     """
     config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
-    with _error_directory() as errors, _environment_for(recipe, processes, errors), _ending_signals() as received:
-        logs = RankLogs(log_directory(recipe.run_directory()))
-        config.logs_specs = logs
+    logs = RankLogs(log_directory(recipe.run_directory()))
+    config.logs_specs = logs
+    with _environment_for(recipe, processes, logs.directory), _ending_signals() as received:
         try:
             with shown_on_terminal(logs):
                 elastic_launch(config, sys.executable)("-P", "-m", WORKER_MODULE)
         except ChildFailedError as error:
-            print("\n".join(_explain(error.failures, errors, logs)), file=sys.stderr, flush=True)
+            print("\n".join(_explain(error.failures, logs.directory)), file=sys.stderr, flush=True)
             return 1
         except SignalException:
             number = received[0]
@@ -127,18 +125,11 @@ def _checked_endpoint(rendezvous: str) -> str:
 
 
 @contextlib.contextmanager
-def _error_directory() -> Iterator[Path]:
-    """Where workers leave why they refused or failed, one file a rank."""
-    directory = Path(tempfile.mkdtemp(prefix="trainyard-errors-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
 def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator[None]:
-    """The workers' environment, which they inherit from this process; undone afterwards."""
+    """The workers' environment, which they inherit from this process; undone afterwards.
+
+    `errors` is where a worker leaves why it refused (`rank_N.txt`) or failed (`rank_N.traceback.txt`).
+    """
     before = dict(os.environ)
     os.environ.update(environment.worker_environment(processes))
     os.environ["TRAINYARD_RECIPE"] = json.dumps(recipe.model_dump(mode="json"))
@@ -179,12 +170,12 @@ def _ending_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def _explain(failures: dict[int, ProcessFailure], errors: Path, logs: RankLogs) -> list[str]:
+def _explain(failures: dict[int, ProcessFailure], logs: Path) -> list[str]:
     """Why the workers of this host failed: refusals once each, else the killing signal, else the first traceback."""
-    refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(errors.glob("rank_*[0-9].txt"))]
+    refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(logs.glob("rank_*[0-9].txt"))]
     if refusals:
         return [f"trainyard: error: {sentence}" for sentence in dict.fromkeys(refusals)]
-    tracebacks = {_rank_of(file): file for file in errors.glob("rank_*.traceback.txt")}
+    tracebacks = {_rank_of(file): file for file in logs.glob("rank_*.traceback.txt")}
     killed = _killed(failures)
     causes = [sentence for sentences in killed.values() for sentence in sentences]
     causes += [
@@ -199,7 +190,7 @@ def _explain(failures: dict[int, ProcessFailure], errors: Path, logs: RankLogs) 
         text = tracebacks[first].read_text(encoding="utf-8").rstrip()
         causes.append(f"rank {first} on {socket.gethostname()} failed:\n{text}")
     return [
-        f"trainyard: what every rank printed: {logs.directory}",
+        f"trainyard: what every rank printed: {logs}",
         *(f"trainyard: error: {cause}" for cause in causes),
     ]
 
