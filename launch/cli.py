@@ -120,12 +120,15 @@ def prepare(
             report = run_prepare(options, progress)
         answer(report)
         if not as_json:
-            _print_table(str(out), report)
+            shown = {
+                key: report[key] for key in ("kind", "tokenizer", "splits", "duplicates", "empty_documents", "reused")
+            }
+            _print_values(shown | {"report": str(out / "report.json")})
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,
     processes: Annotated[int | None, typer.Option(help="Worker processes here; default: one per GPU, else 2.")] = None,
     nodes: Annotated[int, typer.Option(help="Hosts of the run; this command is started on each.")] = 1,
@@ -175,7 +178,7 @@ def evaluate(
         result = evaluate_path(source, data, batches=batches, text_encoding=encoding)
         answer(result)
         if not as_json:
-            _print_table(str(source), result)
+            _print_values(result)
 
 
 @app.command()
@@ -197,7 +200,7 @@ def export(
             report = export_run(source, out, step=step, dtype=dtype, progress=progress)
         answer(report)
         if not as_json:
-            _print_table(str(out), report)
+            _print_values(report)
 
 
 @app.command()
@@ -255,17 +258,10 @@ def chat(
     run_chat(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
 
-def _print_table(title: str, values: dict[str, Any]) -> None:
-    """A two-column table of a command's answer; nested values with their keys joined by dots."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "", title=title, show_header=False, title_justify="left")
+def _print_values(values: dict[str, Any]) -> None:
+    """One line a value, nested ones with their keys joined by dots."""
     for name, value in _flatten(values):
-        table.add_row(
-            name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-        )
-    Console().print(table)
+        print(f"{name}: {value:,.5g}" if isinstance(value, float) else f"{name}: {value}")
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
