@@ -1,0 +1,251 @@
+"""Tokenizers: train a byte-level BPE with a chat template, load any Hugging Face one, count the bytes of tokens."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END)
+BYTES = 256
+
+# The pre-tokenizer of Qwen2 (its public tokenizer.json), itself GPT-4's with digits taken one by one: contractions,
+# a word with at most one leading character, a digit, punctuation with the line ends behind it, line ends, other
+# white space.
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# ChatML. The markers {% generation %} tell which tokens the assistant produces: its answer and the token that closes
+# the turn, not the line end behind that. Contents are trimmed, so that an answer never merges with the line end
+# before it.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message['role'] + '\\n' -}}
+  {%- if message['role'] == 'assistant' -%}
+    {%- generation -%}{{- message['content'] | trim + '<|im_end|>' -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- message['content'] | trim + '<|im_end|>' -}}
+  {%- endif -%}
+  {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with the special tokens and the chat template above; deterministic.
+
+    Raises:
+        ValueError: a vocabulary too small for bytes and special tokens, or texts in which too few pairs of tokens
+        occur twice.
+    """
+    smallest = BYTES + len(SPECIAL_TOKENS)
+    if vocabulary_size < smallest:
+        raise ValueError(
+            f"a vocabulary of {vocabulary_size} is too small: {BYTES} bytes and {len(SPECIAL_TOKENS)} special "
+            f"tokens make {smallest}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    reached = tokenizer.get_vocab_size()
+    if reached != vocabulary_size:
+        raise ValueError(
+            f"the training text gives a vocabulary of {reached} tokens only, {vocabulary_size} were asked for: "
+            f"use more text or a vocabulary of at most {reached}"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        additional_special_tokens=[TURN_START, TURN_END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load a Hugging Face tokenizer folder; never from the network, never with code of its own.
+
+    Raises:
+        FileNotFoundError: the folder or its tokenizer.json does not exist.
+        ValueError: the files there cannot be read as a tokenizer.
+    """
+    _tokenizer_json(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types here, from KeyError to a bare Exception out of Rust
+        raise ValueError(f"{path} cannot be loaded as a tokenizer: {' '.join(str(error).split())}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{path} loads as a tokenizer without tokenizer.json ({type(tokenizer).__name__}), which is not supported"
+        )
+    return tokenizer
+
+
+def tokenizer_fingerprint(path: Path) -> str:
+    """sha256 (hexadecimal) of the folder's tokenizer.json: what manifests of token shards store."""
+    return hashlib.sha256(_tokenizer_json(path).read_bytes()).hexdigest()
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files of a folder, maybe a whole model's, that make up its tokenizer."""
+    _tokenizer_json(path)
+    return [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy the tokenizer's files byte for byte, so that the fingerprint stays."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, destination / file.name)
+
+
+def plain_text_encoder(tokenizer: Any) -> Tokenizer:
+    """A copy of the backend that reads the text of special tokens as ordinary text, without truncation or padding."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def document_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids before and behind those of a text: what the tokenizer itself adds (a BOS), and always end-of-text."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token): set one in its tokenizer_config.json")
+    backend = tokenizer.backend_tokenizer
+    bare = backend.encode("a", add_special_tokens=False).ids
+    framed = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            before, behind = framed[:start], framed[start + len(bare) :]
+            return before, behind if behind[-1:] == [tokenizer.eos_token_id] else [*behind, tokenizer.eos_token_id]
+    raise ValueError("the tokenizer changes a text when it adds special tokens, so documents cannot be framed")
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id, added tokens included."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def special_token_texts(tokenizer: Any) -> list[str]:
+    """The texts of all special tokens, longest first."""
+    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(texts | set(tokenizer.all_special_tokens), key=lambda text: (-len(text), text))
+
+
+def token_byte_lengths(tokenizer: Any) -> np.ndarray | None:
+    """UTF-8 bytes that each token stands for, int32 ``[vocabulary]``; special tokens stand for 0.
+
+    Exact for byte-level BPE, and for SentencePiece-like tokenizers (``▁`` for a space, ``<0xNN>`` for a byte) that
+    add no space in front of a text. None for any other, where a sum over tokens could not equal the length of the
+    text: bits per byte is then undefined. Where a tokenizer normalises to NFC (Qwen), the bytes are those of the
+    normalised text.
+    """
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    added = {int(index): token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    steps = [step["type"] for step in _steps(definition["pre_tokenizer"], "pretokenizers")]
+    length_of = _byte_level_length if "ByteLevel" in steps else _metaspace_length
+    if not _keeps_every_byte(definition, length_of):
+        return None
+    lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int32)
+    for text, index in tokenizer.get_vocab().items():
+        if index in special:
+            continue
+        length = len(added[index].encode()) if index in added else length_of(text)
+        if length is None:
+            return None
+        lengths[index] = length
+    # The rules above name what is known; the probe catches what a tokenizer does beside them (a space in front, text
+    # dropped).
+    probe = "A probe: it's 1,234 naïve façades, 你好 🙂\n\n\tindented  text\r\n#end "
+    encoder = plain_text_encoder(tokenizer)
+    for text in (probe, " " + probe, "word", "\n"):
+        if int(lengths[encoder.encode(text, add_special_tokens=False).ids].sum()) != len(text.encode()):
+            return None
+    return lengths
+
+
+def _tokenizer_json(path: Path) -> Path:
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"there is no tokenizer folder {path}")
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a tokenizer folder: it has no tokenizer.json (load it with AutoTokenizer and save it "
+            "with save_pretrained)"
+        )
+    return file
+
+
+def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer definition, a sequence taken apart."""
+    if part is None:
+        return []
+    return part[inner] if part["type"] == "Sequence" else [part]
+
+
+def _keeps_every_byte(definition: dict[str, Any], length_of: Any) -> bool:
+    model = definition["model"]
+    vocabulary = {entry[0] for entry in model["vocab"]} if isinstance(model["vocab"], list) else set(model["vocab"])
+    normalizers = _steps(definition["normalizer"], "normalizers")
+    if length_of is _byte_level_length:
+        complete = model["type"] == "BPE" and set(pre_tokenizers.ByteLevel.alphabet()) <= vocabulary
+        return complete and all(step["type"] == "NFC" for step in normalizers)
+    complete = bool(model.get("byte_fallback")) and {f"<0x{byte:02X}>" for byte in range(BYTES)} <= vocabulary
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    return complete and all(step == spaces or step["type"] == "NFC" for step in normalizers)
+
+
+_BYTE_LEVEL_ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _byte_level_length(token: str) -> int | None:
+    return len(token) if _BYTE_LEVEL_ALPHABET.issuperset(token) else None
+
+
+def _metaspace_length(token: str) -> int | None:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    return len(token.replace("▁", " ").encode())
