@@ -40,7 +40,7 @@ class BatchPlan:
         ]
         if self.padded_share > PADDED_SHARE_TO_WARN:
             lines.append(
-                f"warning: {self.padded_share:.1%} of the computation is padding, because {self.global_batch_sequences} "
+                f"warning: {self.padded_share:.1%} of the computation is padding: {self.global_batch_sequences} "
                 f"sequences do not divide evenly over {self.world_size} ranks"
             )
         return lines

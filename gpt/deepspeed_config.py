@@ -84,8 +84,8 @@ def _check_keys(config: dict[str, Any], path: str) -> None:
 
 
 def _owned_values(recipe: Recipe, batch: BatchPlan, hidden_size: int) -> dict[tuple[str, ...], Any]:
-    """What the recipe owns. A None is filled only where the file says "auto": sizes that the file may also state itself,
-    with the values that transformers uses for them (its integrations/deepspeed.py)."""
+    """What the recipe owns. A _Default fills only an "auto": sizes that the file may also state itself, with the values
+    that transformers uses for them (its integrations/deepspeed.py)."""
     owned: dict[tuple[str, ...], Any] = {
         ("train_batch_size",): batch.rows_per_forward * batch.accumulation_steps * batch.world_size,
         ("train_micro_batch_size_per_gpu",): batch.rows_per_forward,

@@ -26,7 +26,7 @@ class Schedule:
             )
         if warmup + decay > self.total_steps:
             raise ValueError(
-                f"optimizer.warmup_steps {warmup} + decay_steps {decay} are more than the run's {self.total_steps} steps"
+                f"optimizer.warmup_steps {warmup} + decay_steps {decay} exceed the run's {self.total_steps} steps"
             )
 
     def learning_rate(self, step: int) -> float:
@@ -70,7 +70,8 @@ def parameter_groups(
 
     Under ZeRO-3 a parameter's own shape is [0]; its real one is in `ds_shape`.
     """
-    decay, no_decay = [], []
+    decay: list[torch.nn.Parameter] = []
+    no_decay: list[torch.nn.Parameter] = []
     for _, parameter in named_parameters:
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)

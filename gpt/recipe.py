@@ -131,8 +131,8 @@ class Optimizer(Section):
     learning_rate: PositiveFloat
     """Peak learning rate."""
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
-    """After the warm-up: cosine to the minimum (arXiv:1608.03983), constant and then linear to the minimum over the last
-    decay_steps (warm-up–stable–decay, arXiv:2404.06395), or constant."""
+    """After the warm-up: cosine to the minimum (arXiv:1608.03983), constant and then linear to the minimum over the
+    last decay_steps (warm-up, stable, decay: arXiv:2404.06395), or constant."""
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
     """Steps of linear warm-up; shorter than the run."""
     decay_steps: PositiveInt | None = None

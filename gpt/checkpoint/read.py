@@ -78,13 +78,13 @@ class CheckpointReader:
         shape = self.shape(parameter)
         return self.read_range(state, parameter, 0, math.prod(shape)).to(dtype).reshape(shape)
 
-    def read_rng(self, rank: int) -> torch.Tensor:
-        """State of torch's CPU generator on `rank` of the run that wrote the checkpoint: uint8 [bytes]."""
+    def read_rng(self, rank: int, generator: str = "torch_cpu") -> torch.Tensor:
+        """State of torch's CPU (or "torch_cuda") generator on `rank` of the run that wrote the checkpoint: uint8."""
         if not 0 <= rank < self.manifest.world_size:
             raise ValueError(
                 f"{self.directory} has the states of {self.manifest.world_size} ranks, not of rank {rank}."
             )
-        return self._file(rank_file_name(rank)).read("rng/torch_cpu")
+        return self._file(rank_file_name(rank)).read(f"rng/{generator}")
 
     def read_buffer(self, name: str) -> torch.Tensor:
         """A persistent buffer in its own shape and dtype."""

@@ -1,0 +1,206 @@
+"""Loss, perplexity, token accuracy and bits per byte on held-out data: while training, and of a folder afterwards.
+
+Both ways sum the same quantities over the same rows with `sum_over_rows`, so they can be compared.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from data_pipeline.stream import ValidationStream
+from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths
+from gpt import distributed
+from gpt.checkpoint.format import Greedy
+from gpt.checkpoint.read import load_plain_model
+from gpt.loss import count_correct, cross_entropy_sum
+from gpt.metrics import Record
+from gpt.model import is_run_directory
+from gpt.run_directory import stored_recipe
+from gpt.trainer import Evaluation, MicroBatch, Trainer, micro_batches
+
+FOLDER_ROWS_PER_FORWARD = 8
+LARGEST_DEFAULT_SEQUENCE_LENGTH = 2048
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def sum_over_rows(forward: Forward, batch: MicroBatch, byte_lengths: np.ndarray | None) -> list[float]:
+    """[loss sum in nats, target tokens, correct tokens, bytes of the targets' text] of one forward."""
+    logits = forward(batch.input_ids, batch.position_ids)
+    loss = cross_entropy_sum(logits, batch.targets, batch.mask)
+    correct = count_correct(logits, batch.targets, batch.mask)
+    counted = batch.targets[batch.mask].cpu().numpy()
+    size = float(byte_lengths[counted].sum()) if byte_lengths is not None else 0.0
+    return [float(loss), float(len(counted)), float(correct), size]
+
+
+def metrics_of(sums: Sequence[float], has_bytes: bool) -> Record:
+    """The metrics of summed quantities.
+
+    Bits per byte is the loss in bits over the bytes of the predicted text: it does not depend on the vocabulary, so
+    models with different tokenizers can be compared. Without exact byte lengths it is None.
+    """
+    loss_sum, tokens, correct, size = sums
+    if tokens == 0:
+        raise ValueError("the validation data has no target token")
+    loss = loss_sum / tokens
+    return {
+        "evaluate/loss": loss,
+        "evaluate/perplexity": math.exp(min(loss, 700.0)),
+        "evaluate/accuracy": correct / tokens,
+        "evaluate/bits_per_byte": loss_sum / math.log(2) / size if has_bytes and size else None,
+    }
+
+
+@dataclass(frozen=True)
+class RunEvaluation:
+    """Evaluation within a run, on all ranks in step: `evaluate` of the Trainer."""
+
+    stream: ValidationStream
+    batches: int | None
+    byte_lengths: np.ndarray | None
+    tokenizer: PreTrainedTokenizerBase
+    sample_prompt_ids: list[int]
+    sample_tokens: int
+    end_ids: frozenset[int]
+
+    def __call__(self, trainer: Trainer) -> Evaluation:
+        """The metrics and the text sample. No random number is drawn, so training does not depend on it."""
+        trainer.engine.eval()
+        plan, ranks = trainer.batch, trainer.ranks
+        samples = self.stream.number_of_samples
+        if self.batches is not None:
+            samples = min(samples, self.batches * plan.global_batch_sequences)
+        share = -(-samples // ranks.world_size)
+        sums = np.zeros(4)
+        for start in range(0, share, plan.rows_per_forward):
+            first = ranks.rank * share + start
+            end = min(first + plan.rows_per_forward, (ranks.rank + 1) * share, samples)
+            indices = np.arange(first, max(first, end), dtype=np.uint64)
+            rows = self.stream.rows(indices)
+            [batch] = micro_batches(rows, 1, plan.rows_per_forward, ranks.device)
+            sums += sum_over_rows(trainer.forward, batch, self.byte_lengths)
+        everyone = distributed.gather_floats(sums.tolist(), ranks)
+        metrics = metrics_of(everyone.sum(axis=0).tolist(), self.byte_lengths is not None)
+        text, greedy = None, None
+        if self.sample_tokens:
+            with trainer.uncompiled():
+                greedy = self._sample(trainer)
+            text = f"{self.tokenizer.decode(greedy.prompt_ids)} ⟶ {self.tokenizer.decode(greedy.new_ids)}"
+        return Evaluation(metrics, text, greedy)
+
+    @torch.no_grad()
+    def _sample(self, trainer: Trainer) -> Greedy:
+        """Greedy continuation. Every rank runs the same number of forwards, whatever it generates: under ZeRO-3 each is
+        a series of all-gathers, and a rank that stopped early would leave the others waiting."""
+        device = trainer.ranks.device
+        ids = list(self.sample_prompt_ids)
+        for _ in range(self.sample_tokens):
+            window = torch.tensor([ids], device=device)
+            logits = trainer.forward(window, torch.arange(len(ids), device=device)[None])
+            ids.append(int(logits[0, -1].argmax()))
+        new = ids[len(self.sample_prompt_ids) :]
+        end = next((i + 1 for i, token in enumerate(new) if token in self.end_ids), len(new))
+        return Greedy(prompt_ids=list(self.sample_prompt_ids), new_ids=new[:end])
+
+
+def evaluate_path(
+    source: Path,
+    data: Path,
+    *,
+    batches: int | None = None,
+    sequence_length: int | None = None,
+    text_encoding: str = "utf-8",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run directory (its newest checkpoint) or a Hugging Face folder, with transformers in this process.
+
+    Args:
+        data: a folder of token shards, or a UTF-8 text file, which is tokenised with the model's tokenizer.
+        batches: forwards of 8 sequences; None: all.
+        sequence_length: tokens of a window; None: the run's, else the model's positions but at most 2048.
+
+    Raises:
+        FileNotFoundError, ValueError: no model, no data, or data made with another tokenizer.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a run directory or a model folder")
+    model, tokenizer_path, length = _load(source)
+    tokenizer = load_tokenizer(tokenizer_path)
+    length = sequence_length or length
+    with tempfile.TemporaryDirectory() as scratch:
+        stream = _open_data(data, tokenizer, tokenizer_path, length, text_encoding, Path(scratch))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device).eval()
+
+        def forward(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+        byte_lengths = token_byte_lengths(tokenizer)
+        samples = stream.number_of_samples
+        if batches is not None:
+            samples = min(samples, batches * FOLDER_ROWS_PER_FORWARD)
+        sums = np.zeros(4)
+        for start in range(0, samples, FOLDER_ROWS_PER_FORWARD):
+            indices = np.arange(start, min(start + FOLDER_ROWS_PER_FORWARD, samples), dtype=np.uint64)
+            [batch] = micro_batches(stream.rows(indices), 1, len(indices), device)
+            sums += sum_over_rows(forward, batch, byte_lengths)
+            if progress is not None:
+                progress(int(indices[-1]) + 1, samples)
+    result = {
+        key.removeprefix("evaluate/"): value
+        for key, value in metrics_of(sums.tolist(), byte_lengths is not None).items()
+    }
+    return {**result, "target_tokens": int(sums[1]), "sequences": samples, "sequence_length": length}
+
+
+def _load(source: Path) -> tuple[Any, Path, int]:
+    """(model, tokenizer folder, default sequence length) of a run directory or a model folder."""
+    recipe = stored_recipe(source) if is_run_directory(str(source)) else None
+    if recipe is not None:
+        own = source / "tokenizer"
+        return load_plain_model(source), own if own.exists() else Path(recipe.tokenizer), recipe.data.sequence_length
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} is neither a run directory with a recipe.yaml and checkpoints, nor a model folder that "
+            f"transformers loads: {str(error).splitlines()[0]}"
+        ) from error
+    report = source / "export_report.json"
+    recorded = json.loads(report.read_text(encoding="utf-8")).get("sequence_length") if report.exists() else None
+    positions = getattr(model.config, "max_position_embeddings", LARGEST_DEFAULT_SEQUENCE_LENGTH)
+    return model, source, recorded or min(positions, LARGEST_DEFAULT_SEQUENCE_LENGTH)
+
+
+def _open_data(
+    data: Path, tokenizer: PreTrainedTokenizerBase, tokenizer_path: Path, length: int, encoding: str, scratch: Path
+) -> ValidationStream:
+    from data_pipeline.prepare import PrepareOptions, prepare
+    from data_pipeline.tokenizer import tokenizer_fingerprint
+
+    if not data.exists():
+        raise FileNotFoundError(f"{data} does not exist: give a folder of token shards or a text file")
+    if data.is_dir():
+        stream = ValidationStream(data, length)
+        if stream.tokenizer_sha256 != tokenizer_fingerprint(tokenizer_path):
+            raise ValueError(f"{data} was prepared with another tokenizer than the model's, {tokenizer_path}")
+        return stream
+    options = PrepareOptions(
+        inputs=[str(data)],
+        output=scratch / "data",
+        tokenizer=tokenizer_path,
+        encoding=encoding,
+        validation_fraction=0.0,
+    )
+    prepare(options, None)
+    return ValidationStream(scratch / "data" / "train", length)

@@ -1,0 +1,143 @@
+"""One record a step: metrics.jsonl, TensorBoard and the console, from rank 0."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from gpt.run_directory import RunDirectory
+
+GIB = 2**30
+Record = dict[str, float | str | None]
+
+
+class MetricsWriter:
+    """Writes the records of one start of a run.
+
+    After a resume the lines of metrics.jsonl past the checkpoint are dropped, and TensorBoard is told to purge them, so
+    that every step stands in both exactly once.
+    """
+
+    def __init__(self, run: RunDirectory, resumed_step: int, total_steps: int, console_every_steps: int) -> None:
+        self._run = run
+        self._total_steps = total_steps
+        self._console_every_steps = console_every_steps
+        path = run.path / "metrics.jsonl"
+        _drop_lines_after(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+        purge_step = resumed_step + 1 if any((run.path / "tensorboard").glob("events.*")) else None
+        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step, flush_secs=10)
+        self._recent: deque[float] = deque([time.monotonic()], maxlen=21)
+
+    def write(self, step: int, record: Record) -> None:
+        """Append the record of a step. A number that is not finite is written as null."""
+        self._run.check_ownership()
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        for key, value in clean.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
+        self._recent.append(time.monotonic())
+        if step % self._console_every_steps == 0 or step in (1, self._total_steps) or "evaluate/loss" in record:
+            print(self._console_line(step, record), flush=True)
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """A text for TensorBoard, shown as it is."""
+        self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+
+    def sync(self) -> None:
+        """Bring everything to disk: what a checkpoint commits must not be ahead of its metrics."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.sync()
+        self._file.close()
+        self._board.close()
+
+    def _console_line(self, step: int, record: Record) -> str:
+        seconds = (self._recent[-1] - self._recent[0]) / max(1, len(self._recent) - 1)
+        left = int(seconds * (self._total_steps - step))
+        parts = [f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"]
+        shown = {
+            "train/loss": "loss {:.4f}", "evaluate/loss": "validation {:.4f}",
+            "evaluate/bits_per_byte": "bits/byte {:.4f}", "train/learning_rate": "lr {:.2e}", "train/gradient_norm": "gradient {:.2f}",
+            "performance/tokens_per_second": "{:,.0f} tokens/s", "performance/model_flops_utilization": "MFU {:.0%}",
+        }  # fmt: skip
+        parts += [
+            text.format(value) for key, text in shown.items() if isinstance(value := record.get(key), int | float)
+        ]
+        return "  ".join([*parts, f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"])
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep the whole lines up to `step`; what a later start rewrites, or a kill cut short, goes."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a line that the kill cut short: its step is done again
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def flops_per_token(matrix_parameters: int, layers: int, hidden_size: int, sequence_length: int) -> float:
+    """Floating-point operations of training on one token: 6 for each parameter of a matrix product, and
+    6 * layers * hidden * sequence for causal attention (half of arXiv:2204.02311 appendix B, which counts the full
+    square). Recomputation is not counted."""
+    return 6.0 * matrix_parameters + 6.0 * layers * hidden_size * sequence_length
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of this process on square matrix products of the training dtype: the best of 1024 and 2048, each over at
+    least 0.15 s. All ranks measure at once, as they compute at once."""
+    best = 0.0
+    for size in (1024, 2048):
+        a = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
+        _matmul(a, device)
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < 0.15:
+            _matmul(a, device)
+            count += 1
+        best = max(best, 2.0 * size**3 * count / (time.perf_counter() - start))
+    return best
+
+
+def _matmul(a: torch.Tensor, device: torch.device) -> None:
+    torch.mm(a, a)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: the device's for CUDA, else the resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def host_metrics(run: Path) -> Record:
+    """Memory in use on this host and free disk at the run directory."""
+    return {
+        "memory/host_gib": psutil.virtual_memory().used / GIB,
+        "disk/free_gib": shutil.disk_usage(run).free / GIB,
+    }

@@ -1,0 +1,185 @@
+"""A transformers causal language model, from scratch or pretrained, with the same weights whatever the world size.
+
+What is added to the model is set from outside: gradient checkpointing, ZeRO-3 leaf modules and compiled layers.
+"""
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gpt.checkpoint.format import checkpoint_directory, list_checkpoints, read_manifest
+from gpt.recipe import Model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCABULARY_PADDING = 128
+"""A from-scratch vocabulary may exceed the tokenizer's only up to the next multiple of this (for fast kernels)."""
+
+
+def is_run_directory(path: str) -> bool:
+    """Whether `model.pretrained` names another Trainyard run."""
+    return (Path(path) / "recipe.yaml").is_file() and (Path(path) / "checkpoints").is_dir()
+
+
+def build_config(model: Model, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> PreTrainedConfig:
+    """The transformers configuration of the recipe's model, checked against the tokenizer and the sequence length.
+
+    Raises:
+        ValueError: an unknown model type or field, weights that cannot be read, a vocabulary that does not fit the
+            tokenizer, or sequences longer than the model's positions.
+    """
+    if model.config is not None:
+        config = _config_from_scratch(dict(model.config), tokenizer)
+    else:
+        assert model.pretrained is not None
+        config = _config_of_weights(model.pretrained)
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"the model's vocab_size is {config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens: "
+            f"use at least {len(tokenizer)}, or leave vocab_size out to take the tokenizer's"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise ValueError(
+            f"data.sequence_length is {sequence_length}, but the model has only {positions} positions "
+            f"(max_position_embeddings): shorten the sequences or enlarge the model"
+        )
+    return config
+
+
+def _config_from_scratch(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    model_type = fields.pop("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=3)
+        raise ValueError(
+            f"model.config.model_type {model_type!r} is unknown to transformers; near: {', '.join(near) or '-'}"
+        )
+    default = transformers.CONFIG_MAPPING[model_type]()
+    known = set(default.to_dict()) | set(default.attribute_map)
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else "see transformers' documentation of its configuration"
+            raise ValueError(f"model.config.{key} is no field of transformers' {model_type} configuration: {hint}")
+    fields.setdefault("vocab_size", len(tokenizer))
+    limit = -(-len(tokenizer) // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    if fields["vocab_size"] > limit:
+        raise ValueError(
+            f"model.config.vocab_size is {fields['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens: use "
+            f"{len(tokenizer)}, or at most {limit} (the next multiple of {VOCABULARY_PADDING})"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # transformers raises its own validation errors of many types
+        raise ValueError(f"model.config is refused by transformers: {' '.join(str(error).split())}") from error
+    config.architectures = [_causal_class(config).__name__]
+    return config
+
+
+def _causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    try:
+        found: Any = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        return found
+    except KeyError:
+        raise ValueError(f"transformers has no causal language model of type {config.model_type!r}") from None
+
+
+def _config_of_weights(pretrained: str) -> PreTrainedConfig:
+    if is_run_directory(pretrained):
+        steps = list_checkpoints(Path(pretrained))
+        if not steps:
+            raise ValueError(f"model.pretrained {pretrained} is a run without any checkpoint: train it first")
+        fields = dict(read_manifest(checkpoint_directory(Path(pretrained), steps[-1])).model_config_dict)
+        architectures = fields.pop("architectures", None)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config.architectures = architectures
+        return config
+    try:
+        return AutoConfig.from_pretrained(pretrained)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.pretrained {pretrained} is neither a Trainyard run, nor a Hugging Face folder, nor a hub id that "
+            f"can be reached: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def build_model(model: Model, config: PreTrainedConfig, precision: str, seed: int, zero_config: Any) -> PreTrainedModel:
+    """The model with its initial weights, in the training dtype.
+
+    Must run while `zero_config` (transformers' HfDeepSpeedConfig of a stage-3 configuration) is alive: transformers
+    then partitions each module as it is made, initialises on rank 0 and broadcasts, so that the weights do not depend
+    on the world size. Wrapping the model in `deepspeed.zero.Init` by hand would leave torch's default initialisation.
+    A run directory's weights are not read here: the checkpoint reader sets them once the engine exists.
+    """
+    assert zero_config is not None
+    transformers.set_seed(seed)
+    dtype = DTYPES[precision]
+    if model.pretrained is not None and not is_run_directory(model.pretrained):
+        result = AutoModelForCausalLM.from_pretrained(model.pretrained, config=config, dtype=dtype)
+    else:
+        result = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    result.config.use_cache = False
+    return result
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The model's decoder layers, in order."""
+    layers: list[torch.nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decoder layers that transformers can checkpoint")
+    return layers
+
+
+def checkpoint_gradients(model: PreTrainedModel, every_layers: int) -> None:
+    """Recompute every n-th decoder layer in the backward pass."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.gradient_checkpointing = index % every_layers == 0  # type: ignore[assignment]
+
+
+class CompiledLayers:
+    """Decoder layers whose forward is compiled, with the plain forward at hand.
+
+    The layers must be ZeRO-3 leaf modules, so that DeepSpeed's hooks stay outside the compiled graph: traced, they make
+    dynamo recompile for every module.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._layers = decoder_layers(model)
+        self._plain = [layer.forward for layer in self._layers]
+        self._compiled = [torch.compile(layer.forward, dynamic=False) for layer in self._layers]
+        self._set(self._compiled)
+
+    def _set(self, forwards: list[Any]) -> None:
+        for layer, forward in zip(self._layers, forwards, strict=True):
+            layer.forward = forward
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """Run uncompiled inside: text generation has a new shape at each token."""
+        self._set(self._plain)
+        try:
+            yield
+        finally:
+            self._set(self._compiled)
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(all parameters, those of a token's matrix products: without the input embedding, the output layer counted).
+
+    Under ZeRO-3 a parameter's size is in `ds_numel`; a tied embedding counts once in the first and as the output layer
+    in the second.
+    """
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    embedding: Any = model.get_input_embeddings().weight
+    output: Any = model.get_output_embeddings()
+    tied = output is not None and output.weight is embedding
+    return total, total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel()))

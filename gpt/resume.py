@@ -1,0 +1,146 @@
+"""Where a run's weights come from when it starts, and what goes into its checkpoints."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gpt import distributed
+from gpt.checkpoint.format import OptimizerEntry, ParameterEntry, Probe
+from gpt.checkpoint.load import load_into_engine, restore_random_state
+from gpt.checkpoint.probe import check_probe
+from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
+from gpt.checkpoint.write import Written, save_checkpoint
+from gpt.distributed import Ranks, ShardedState
+from gpt.model import DTYPES, is_run_directory
+from gpt.run_directory import RunDirectory, package_versions
+
+if TYPE_CHECKING:
+    from gpt.train import RunPlan
+    from gpt.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes the run's checkpoints: `save` of the Trainer."""
+
+    plan: "RunPlan"
+    state: ShardedState
+    tied: dict[str, str]
+    generation: int
+
+    def __call__(self, trainer: "Trainer", step: int, probe: Probe) -> Written:
+        """Write the checkpoint of `step` with its probe."""
+        plan, recipe, ranks = self.plan, self.plan.recipe, trainer.ranks
+
+        def describe(parameters: list[ParameterEntry], optimizer: OptimizerEntry) -> dict[str, Any]:
+            return {
+                "tokens": step * recipe.train.global_batch_tokens,
+                "samples_consumed": step * recipe.global_batch_sequences,
+                "skipped_steps": trainer.engine.skipped_steps,
+                "data_fingerprint": plan.training.fingerprint,
+                "data_kind": plan.training.kind,
+                "precision": recipe.precision,
+                "parameters": parameters,
+                "tied": self.tied,
+                "optimizer": optimizer,
+                "model_config": plan.config.to_dict(),
+                "recipe": recipe.model_dump(),
+                "versions": package_versions(),
+                "probe": probe,
+            }
+
+        def all_succeeded(mine: bool) -> bool:
+            return bool(distributed.gather_floats([float(mine)], ranks).all())
+
+        return save_checkpoint(
+            trainer.run, trainer.owner, self.generation, self.state, ranks, describe, step, all_succeeded
+        )
+
+
+def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owner: RunDirectory | None) -> int:
+    """Load the run's newest good checkpoint, or the weights of another run that it goes on from; returns the step.
+
+    Raises:
+        ValueError: the data is not the checkpoint's, nothing that was written can be loaded, or the loaded weights do
+            not give the recorded logits.
+    """
+    recipe = plan.recipe
+    loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
+    if loaded is None:
+        if recipe.model.pretrained is None or not is_run_directory(recipe.model.pretrained):
+            return 0
+        source = Path(recipe.model.pretrained)
+        loaded = _load_newest(source, state, ranks, weights_only=True)
+        if loaded is None:
+            raise ValueError(f"model.pretrained {source} has no checkpoint that can be loaded")
+        line = _check(loaded, engine, ranks, recipe.precision)
+        if owner is not None:
+            owner.write_event("weights loaded", source=str(source), step=loaded.manifest.step, proof=line)
+            print(f"weights of {source}, step {loaded.manifest.step}. {line}", flush=True)
+        return 0
+    manifest = loaded.manifest
+    if manifest.data_fingerprint != plan.training.fingerprint:
+        raise ValueError(
+            f"the data under data.train is not what this run was trained on (fingerprint {plan.training.fingerprint}, "
+            f"the checkpoint's {manifest.data_fingerprint}): restore it, or start a new run with --fork NEW_NAME"
+        )
+    restore_random_state(loaded, ranks, recipe.train.seed)
+    engine.skipped_steps = manifest.skipped_steps
+    line = _check(loaded, engine, ranks, recipe.precision)
+    if owner is not None:
+        owner.write_event("resume", step=manifest.step, from_world_size=manifest.world_size, proof=line)
+        print(f"resumed at step {manifest.step}, written by {manifest.world_size} ranks. {line}", flush=True)
+    return manifest.step
+
+
+def _load_newest(run: Path, state: ShardedState, ranks: Ranks, *, weights_only: bool) -> CheckpointReader | None:
+    """Load the newest checkpoint that is good on every rank; a damaged one is passed over with a warning."""
+    before: int | None = None
+
+    def report(line: str) -> None:
+        if ranks.is_first:
+            print(f"warning: {line}", flush=True)
+
+    while True:
+        reader = newest_checkpoint(run, report=report, before_step=before)
+        steps = distributed.gather_floats([reader.manifest.step if reader else -1], ranks)[:, 0]
+        if len(set(steps.tolist())) > 1:
+            raise ValueError(
+                f"the ranks see different checkpoints in {run}, steps {sorted(set(map(int, steps)))}: is it shared?"
+            )
+        if reader is None:
+            return None
+        error = _attempt(lambda found=reader: load_into_engine(found, state, weights_only=weights_only))  # type: ignore[misc]
+        errors = [message for message in distributed.gather_objects(error, ranks) if message]
+        if not errors:
+            return reader
+        report(f"the checkpoint of step {reader.manifest.step} is passed over: {errors[0]}")
+        before = reader.manifest.step
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    from gpt.checkpoint.format import DamagedFileError
+
+    try:
+        action()
+    except (DamagedFileError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _check(reader: CheckpointReader, engine: Any, ranks: Ranks, precision: str) -> str:
+    """Hold the loaded weights against the checkpoint's probe, on every rank in step."""
+    manifest = reader.manifest
+    if manifest.probe is None:
+        return "probe: none in the checkpoint"
+    if manifest.precision != precision:
+        return f"probe: not comparable, recorded in {manifest.precision}"
+
+    def forward(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return engine(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+    engine.eval()
+    return check_probe(forward, manifest.probe, ranks.device, DTYPES[precision])

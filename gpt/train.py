@@ -1,0 +1,283 @@
+"""The composition root: recipe -> streams, model, engine, trainer. `python -m gpt.train` is one rank of a run."""
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from data_pipeline.stream import TrainingStream, ValidationStream
+from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
+from gpt.batch import BatchPlan, plan_batch
+from gpt.deepspeed_config import build_deepspeed_config
+from gpt.model import build_config
+from gpt.optimizer import Schedule
+from gpt.recipe import Recipe, parse_recipe
+from gpt.run_directory import compare_recipes, stored_recipe
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything of a run that can be known, and refused, without a process group."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    training: TrainingStream
+    validation: ValidationStream | None
+    batch: BatchPlan
+    schedule: Schedule
+    deepspeed: dict[str, Any]
+    changes: list[str]
+    """What differs from the stored recipe of a run that goes on, as "field: old -> new"."""
+
+    def describe(self) -> list[str]:
+        """The lines that a run prints at its start."""
+        steps, tokens = self.schedule.total_steps, self.recipe.train.global_batch_tokens
+        epochs = steps * self.recipe.global_batch_sequences / self.training.samples_per_epoch
+        lines = [f"run: {self.recipe.run_directory()}", *(f"data: {line}" for line in self.training.describe())]
+        lines += self.batch.describe()
+        lines.append(f"length: {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, {epochs:.2f} epochs")
+        lines += self.schedule.describe()
+        return lines + [f"changed since the run began: {change}" for change in self.changes]
+
+
+def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
+    """Check a recipe against its data, tokenizer, model, DeepSpeed file and run directory.
+
+    Raises:
+        FileNotFoundError, ValueError: whatever does not fit, in one sentence.
+    """
+    stored = stored_recipe(recipe.run_directory())
+    changes = compare_recipes(stored, recipe) if stored is not None else []
+    tokenizer = load_tokenizer(_local_or_hub(recipe.tokenizer))
+    length = recipe.data.sequence_length
+    training = TrainingStream([(Path(s.path), s.weight) for s in recipe.data.train], length, recipe.train.seed)
+    validation = ValidationStream(Path(recipe.data.validation), length) if recipe.data.validation is not None else None
+    sha256 = tokenizer_fingerprint(Path(recipe.tokenizer))
+    for name, stream in (("data.train", training), ("data.validation", validation)):
+        if stream is not None and stream.tokenizer_sha256 != sha256:
+            raise ValueError(
+                f"{name} was prepared with another tokenizer than {recipe.tokenizer} (or that one changed since): "
+                f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the tokenizer it was prepared with"
+            )
+    config = build_config(recipe.model, tokenizer, length)
+    batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
+    schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
+    deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)
+    return RunPlan(recipe, tokenizer, config, training, validation, batch, schedule, deepspeed, changes)
+
+
+def check(recipe: Recipe, world_size: int) -> None:
+    """What the launcher does before it starts processes: `plan_run`, for its errors."""
+    plan_run(recipe, world_size)
+
+
+def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
+    """Optimizer steps of the run: tokens and epochs are rounded up to whole steps."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    if recipe.train.tokens is not None:
+        return -(-recipe.train.tokens // recipe.train.global_batch_tokens)
+    assert recipe.train.epochs is not None
+    return int(np.ceil(recipe.train.epochs * samples_per_epoch / recipe.global_batch_sequences - 1e-9))
+
+
+def _local_or_hub(path: str) -> Any:
+    return Path(path) if Path(path).exists() else path
+
+
+def main() -> int:
+    """One rank, started by the launcher: the recipe is in TRAINYARD_RECIPE, torchrun's variables name the rank.
+
+    What is refused is written to TRAINYARD_ERROR_DIRECTORY as one sentence, a crash as its traceback, for the launcher
+    to print once; the exit code is 1 in both cases.
+    """
+    rank = int(os.environ["RANK"])
+    errors = Path(os.environ["TRAINYARD_ERROR_DIRECTORY"])
+    try:
+        run(parse_recipe(json.loads(os.environ["TRAINYARD_RECIPE"]), "from the launcher"))
+        return 0
+    except (ValueError, OSError) as error:
+        (errors / f"rank_{rank}.txt").write_text(str(error), encoding="utf-8")
+        (errors / f"rank_{rank}.details.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    except Exception:
+        (errors / f"rank_{rank}.traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    # Not sys.exit: another rank may be waiting in a collective, and torch's own exit would wait for it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def run(recipe: Recipe) -> None:
+    """Train the recipe to its end on this rank, from the newest checkpoint where there is one."""
+    from gpt import distributed
+    from gpt.run_directory import RunDirectory
+
+    ranks = distributed.start()
+    owner = RunDirectory(recipe.run_directory()) if ranks.is_first else None
+    refusal = None
+    if owner is not None:
+        try:
+            owner.claim()
+        except ValueError as error:
+            refusal = str(error)
+    refusal, generation = distributed.broadcast((refusal, owner.generation if owner else 0))
+    if refusal is not None:
+        raise ValueError(refusal)
+    try:
+        _run_claimed(recipe, ranks, owner, generation)
+    finally:
+        if owner is not None:
+            owner.release()
+    distributed.stop()
+
+
+def _run_claimed(recipe: Recipe, ranks: Any, owner: Any, generation: int) -> None:
+    from gpt import distributed
+    from gpt.checkpoint.write import remove_leftovers
+    from gpt.metrics import MetricsWriter, flops_per_token, measure_matmul_flops
+    from gpt.model import DTYPES, CompiledLayers, build_model, checkpoint_gradients, count_parameters, decoder_layers
+    from gpt.optimizer import build_optimizer
+    from gpt.resume import Saver, resume
+    from gpt.trainer import BatchSource, Trainer
+
+    plan = plan_run(recipe, ranks.world_size)
+    if recipe.precision == "fp16" and not distributed.supports_fp16():
+        raise ValueError("precision is fp16, which this device does not support: use bf16 or fp32")
+    if owner is not None:
+        remove_leftovers(owner.path)
+        _describe_run(plan, owner, ranks.world_size)
+    keep_alive = distributed.zero_config(plan.deepspeed)
+    model = build_model(recipe.model, plan.config, recipe.precision, recipe.train.seed, keep_alive)
+    layers = decoder_layers(model)
+    distributed.mark_leaf_modules(model, layers)
+    if recipe.gradient_checkpointing is not None:
+        checkpoint_gradients(model, recipe.gradient_checkpointing.every_layers)
+    compiled = recipe.compile is True or (recipe.compile == "auto" and ranks.device.type == "cuda")
+    uncompiled = CompiledLayers(model).plain if compiled else nullcontext
+    parameters, matrix_parameters = count_parameters(model)
+    engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
+    state = distributed.ShardedState(engine, ranks)
+    torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
+    saver = Saver(plan, state, tied_names(model), generation)
+    resumed = resume(plan, engine, state, ranks, owner)
+    peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
+    metrics = None
+    if owner is not None:
+        metrics = MetricsWriter(owner, resumed, plan.schedule.total_steps, recipe.logging.console_every_steps)
+        if resumed == 0:
+            metrics.write_text("recipe", yaml.safe_dump(recipe.model_dump(), sort_keys=False), 0)
+            metrics.write_text("environment", (owner.path / "environment.json").read_text(encoding="utf-8"), 0)
+        kind = f"{type(model).__name__}, {recipe.precision}"
+        print(f"model: {parameters:,} parameters, {kind}, from step {resumed}", flush=True)
+    trainer = Trainer(
+        recipe=recipe,
+        run=recipe.run_directory(),
+        owner=owner,
+        metrics=metrics,
+        engine=engine,
+        ranks=ranks,
+        batches=BatchSource(plan.training, plan.batch, ranks),
+        batch=plan.batch,
+        schedule=plan.schedule,
+        evaluate=_build_evaluation(plan),
+        save=saver,
+        uncompiled=uncompiled,
+        flops_per_token=flops_per_token(
+            matrix_parameters, len(layers), plan.config.get_text_config().hidden_size, recipe.data.sequence_length
+        ),
+        peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
+        first_step=resumed + 1,
+        restarts=generation - 1,
+    )
+    trainer.fit()
+    if owner is not None and metrics is not None:
+        metrics.close()
+        owner.write_event("end", step=plan.schedule.total_steps)
+
+
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Names under which a parameter appears again -> the name that `named_parameters` gives it."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    everywhere = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in everywhere if first[id(parameter)] != name}
+
+
+def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
+    """Everything that is known before step 1, into the run directory and onto the console."""
+    from gpt.run_directory import describe_environment
+
+    recipe = plan.recipe
+    environment = describe_environment(world_size)
+    first = not (owner.path / "recipe.yaml").exists()
+    owner.write_file("recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+    owner.write_file("ds_config.json", json.dumps(plan.deepspeed, indent=2))
+    owner.write_file("environment.json", json.dumps(environment, indent=2))
+    if Path(recipe.tokenizer).is_dir() and not (owner.path / "tokenizer").exists():
+        partial = owner.path / ".tokenizer.tmp"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(recipe.tokenizer, partial)
+        partial.rename(owner.path / "tokenizer")
+    kind = "start" if first else "continue"
+    owner.write_event(kind, host=environment["host"], world_size=world_size, pid=os.getpid())
+    for change in plan.changes:
+        owner.write_event("recipe changed", change=change)
+    print("\n".join(plan.describe()), flush=True)
+
+
+def _build_evaluation(plan: RunPlan) -> Callable[..., Any] | None:
+    from gpt.evaluate import RunEvaluation
+
+    if plan.validation is None:
+        return None
+    settings = plan.recipe.evaluate
+    return RunEvaluation(
+        stream=plan.validation,
+        batches=settings.batches,
+        byte_lengths=token_byte_lengths(plan.tokenizer),
+        tokenizer=plan.tokenizer,
+        sample_prompt_ids=sample_prompt(plan),
+        sample_tokens=min(settings.sample_tokens, plan.recipe.data.sequence_length),
+        end_ids=end_token_ids(plan.tokenizer),
+    )
+
+
+def sample_prompt(plan: RunPlan) -> list[int]:
+    """Token ids of the prompt of the text sample."""
+    text, tokenizer = plan.recipe.evaluate.sample_prompt, plan.tokenizer
+    chat = plan.training.kind == "chat"
+    if text is not None and chat:
+        message = [{"role": "user", "content": text}]
+        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+    if text is not None:
+        return list(tokenizer.encode(text))
+    assert plan.validation is not None
+    rows = plan.validation.rows(np.zeros(1, np.uint64))
+    first_target = int(rows.target_mask[0].argmax())
+    return rows.input_ids[0, : first_target + 1 if chat else 16].tolist()
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's end token and, in a chat, the end of a turn."""
+    return frozenset(i for i in (tokenizer.eos_token_id, *_end_of_turn(tokenizer)) if i is not None)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    names = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+    known = tokenizer.get_vocab()
+    return [known[name] for name in names if name in known and name in (tokenizer.chat_template or "")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""The training loop: pretraining and fine-tuning alike; it never asks which.
+
+A step is a function of the weights and of its positions in the data order, so a run that goes on from a checkpoint is
+the run that was never stopped.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xxhash
+
+from gpt import distributed
+from gpt.batch import BatchPlan
+from gpt.checkpoint.format import Greedy, Probe
+from gpt.checkpoint.probe import make_probe
+from gpt.checkpoint.write import Written, delete_old_checkpoints
+from gpt.distributed import Ranks
+from gpt.loss import cross_entropy_sum, loss_for_backward
+from gpt.metrics import MetricsWriter, Record, host_metrics, peak_memory_gib
+from gpt.optimizer import Schedule
+from gpt.recipe import Recipe
+from gpt.run_directory import RunDirectory
+
+
+class Rows(Protocol):
+    """n sequences of L tokens: int64 [n, L] each, the mask bool [n, L]."""
+
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+    @property
+    def position_ids(self) -> np.ndarray: ...
+    @property
+    def target_mask(self) -> np.ndarray: ...
+
+
+class SampleStream(Protocol):
+    """Training data: sample positions in, rows out; its order is a pure function of seed and position."""
+
+    def sample_ids(self, start: int, count: int) -> np.ndarray: ...
+    def rows(self, positions: np.ndarray) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward of one rank: [rows, tokens] each, on the rank's device."""
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def micro_batches(rows: Rows, count: int, rows_per_forward: int, device: torch.device) -> list[MicroBatch]:
+    """Split a rank's rows into `count` forwards of equal shape, filled up with rows without weight.
+
+    Such a row repeats the first one, so that its numbers are ordinary; a rank without any gets zeros.
+    """
+    have, need = len(rows.input_ids), count * rows_per_forward
+
+    def filled(values: np.ndarray, blank: bool = False) -> torch.Tensor:
+        extra_shape = (need - have, values.shape[1])
+        extra = np.zeros(extra_shape, values.dtype) if blank or not have else np.broadcast_to(values[:1], extra_shape)
+        return torch.from_numpy(np.concatenate([values, extra])).to(device)
+
+    mask = filled(rows.target_mask, blank=True)
+    parts = [filled(rows.input_ids), filled(rows.targets), filled(rows.position_ids), mask]
+    split = [part.split(rows_per_forward) for part in parts]
+    return [MicroBatch(*(part[i] for part in split)) for i in range(count)]
+
+
+class BatchSource:
+    """The global batches of a run as this rank sees them; the next one is made ready in a thread."""
+
+    def __init__(self, stream: SampleStream, batch: BatchPlan, ranks: Ranks) -> None:
+        self._stream, self._batch, self._ranks = stream, batch, ranks
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ready: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    def take(self, step: int) -> list[MicroBatch]:
+        """This rank's forwards of optimizer step `step` (the first is 1). The next step's are begun."""
+        future = self._ready[1] if self._ready and self._ready[0] == step else self._thread.submit(self._make, step)
+        result = future.result()
+        self._ready = (step + 1, self._thread.submit(self._make, step + 1))
+        return result
+
+    def first_row(self, step: int) -> MicroBatch:
+        """The first sequence of a step's global batch, the same on every rank."""
+        position = (step - 1) * self._batch.global_batch_sequences
+        return micro_batches(self._stream.rows(np.array([position], np.uint64)), 1, 1, self._ranks.device)[0]
+
+    def digest(self, step: int) -> str:
+        """xxh3 of the sample ids of a step's global batch."""
+        count = self._batch.global_batch_sequences
+        ids = self._stream.sample_ids((step - 1) * count, count)
+        return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, "<u8").tobytes())
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, step: int) -> list[MicroBatch]:
+        first, end = self._batch.rank_range(self._ranks.rank)
+        start = (step - 1) * self._batch.global_batch_sequences
+        positions = np.arange(start + first, start + end, dtype=np.uint64)
+        rows, plan = self._stream.rows(positions), self._batch
+        return micro_batches(rows, plan.accumulation_steps, plan.rows_per_forward, self._ranks.device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation gives, the same on every rank."""
+
+    metrics: Record
+    sample_text: str | None
+    greedy: Greedy | None
+
+
+@dataclass
+class Trainer:
+    """One start of a run. `owner` and `metrics` are rank 0's and None elsewhere."""
+
+    recipe: Recipe
+    run: Path
+    owner: RunDirectory | None
+    metrics: MetricsWriter | None
+    engine: Any
+    ranks: Ranks
+    batches: BatchSource
+    batch: BatchPlan
+    schedule: Schedule
+    evaluate: Callable[["Trainer"], Evaluation] | None
+    save: Callable[["Trainer", int, Probe], Written]
+    uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    first_step: int = 1
+    restarts: int = 0
+
+    def __post_init__(self) -> None:
+        self._failed_saves = 0
+        self._last_commit = time.monotonic()
+        self._checkpoint_bytes = 0
+        self._stall_seconds = 0.0
+        self._stop_at = self.schedule.total_steps
+
+    def fit(self) -> None:
+        """Train from `first_step` to the end of the schedule, evaluating and saving on the way and at the end.
+
+        Raises:
+            ValueError: the loss is not finite, or the last checkpoint cannot be written.
+        """
+        for step in range(self.first_step, self._stop_at + 1):
+            self._phase(f"step {step}")
+            record = self.train_step(step)
+            greedy = None
+            if self.evaluate is not None and self._is_due(step, self.recipe.evaluate.every_steps):
+                self._phase(f"evaluation at step {step}")
+                evaluation = self.evaluate(self)
+                record |= evaluation.metrics
+                greedy = evaluation.greedy
+                if self.metrics is not None and evaluation.sample_text is not None:
+                    self.metrics.write_text("evaluate/sample", evaluation.sample_text, step)
+            if self.metrics is not None:
+                self.metrics.write(step, record)
+            if self._is_due(step, self.recipe.checkpoint.every_steps):
+                self._phase(f"checkpoint at step {step}")
+                self._save(step, greedy)
+        self.batches.close()
+
+    def train_step(self, step: int) -> Record:
+        """One optimizer step; returns the step's record (complete on rank 0 only)."""
+        started, busy = time.perf_counter(), time.process_time()
+        forwards = self.batches.take(step)
+        data_wait = time.perf_counter() - started
+        counts = distributed.gather_floats([sum(int(f.mask.sum()) for f in forwards)], self.ranks)
+        target_tokens = int(counts.sum())
+        if target_tokens == 0:
+            raise ValueError(f"the global batch of step {step} has no target token: nothing can be learned from it")
+        learning_rate = self.schedule.learning_rate(max(1, step - self.engine.skipped_steps))
+        distributed.set_learning_rate(self.engine, learning_rate)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
+        self.engine.train()
+        for forward in forwards:
+            logits = self.forward(forward.input_ids, forward.position_ids)
+            part = cross_entropy_sum(logits, forward.targets, forward.mask)
+            self.engine.backward(loss_for_backward(part, target_tokens, self.ranks.world_size), scale_wrt_gas=False)
+            self.engine.step()
+            loss_sum += part.detach()
+        # Its own processor time: on a CPU a rank sleeps while it waits for another one. A GPU's host tells nothing.
+        busy = time.process_time() - busy if self.ranks.device.type == "cpu" else 0.0
+        mine = [float(loss_sum), busy, data_wait, peak_memory_gib(self.ranks.device)]
+        everyone = distributed.gather_floats(mine, self.ranks)
+        loss = float(everyone[:, 0].sum()) / target_tokens
+        if not np.isfinite(loss):
+            raise ValueError(
+                f"the loss of step {step} is {loss}: the run stops, its last checkpoint is good. Lower "
+                f"optimizer.learning_rate or lengthen optimizer.warmup_steps"
+            )
+        return self._record(step, loss, target_tokens, learning_rate, time.perf_counter() - started, everyone)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, tokens, vocabulary] of int64 [rows, tokens] each, by the engine in its present mode.
+
+        Without a cache and without an attention mask transformers keeps documents apart by their positions; with either
+        of the two it would not.
+        """
+        return self.engine(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+    def _record(
+        self, step: int, loss: float, target_tokens: int, learning_rate: float, seconds: float, everyone: np.ndarray
+    ) -> Record:
+        if not self.ranks.is_first:
+            return {}
+        tokens = self.recipe.train.global_batch_tokens
+        flops = tokens / seconds * self.flops_per_token
+        # on a busy machine the peak may have been measured too low: what was reached is a lower bound of it
+        self.peak_flops = max(self.peak_flops, flops)
+        stall, self._stall_seconds = self._stall_seconds, 0.0
+        busy = everyone[:, 1]
+        return {
+            "train/loss": loss,
+            "train/gradient_norm": distributed.gradient_norm(self.engine),
+            "train/learning_rate": learning_rate,
+            "train/tokens": step * tokens,
+            "train/target_tokens": target_tokens,
+            "train/skipped_steps": self.engine.skipped_steps,
+            "train/loss_scale": distributed.loss_scale(self.engine),
+            "performance/tokens_per_second": tokens / seconds,
+            "performance/model_flops_utilization": flops / self.peak_flops if flops else None,
+            "performance/step_seconds": seconds,
+            "performance/data_wait_seconds": float(everyone[:, 2].max()),
+            "performance/checkpoint_stall_seconds": stall,
+            "performance/slowest_rank_ratio": float(busy.max() / busy.mean()) if busy.any() else None,
+            "checkpoint/seconds_since_commit": time.monotonic() - self._last_commit,
+            "checkpoint/bytes": self._checkpoint_bytes,
+            "checkpoint/failed_saves": self._failed_saves,
+            "run/restarts": self.restarts,
+            "run/rollbacks": self.owner.count_events("rollback") if self.owner else 0,
+            "memory/peak_gib": float(everyone[:, 3].max()),
+            **host_metrics(self.run),
+            "sample_digest": self.batches.digest(step),
+        }
+
+    def _is_due(self, step: int, every_steps: int | None) -> bool:
+        return step == self._stop_at or (every_steps is not None and step % every_steps == 0)
+
+    def _phase(self, phase: str) -> None:
+        if self.owner is not None:
+            self.owner.set_phase(phase)
+
+    def _save(self, step: int, greedy: Greedy | None) -> None:
+        """Probe, write, commit, delete what is no longer kept. A failed write is reported and training goes on."""
+        started = time.perf_counter()
+        if self.metrics is not None and self.owner is not None:
+            self.metrics.sync()
+            self.owner.write_event("checkpoint begun", step=step)
+        self.engine.eval()
+        row = self.batches.first_row(step + 1)
+        with self.uncompiled():
+            probe = make_probe(self.forward, row.input_ids, row.position_ids, row.targets, row.mask, greedy)
+        written = self.save(self, step, probe)
+        errors = self._all_errors(written.error)
+        seconds = time.perf_counter() - started
+        self._stall_seconds += seconds
+        if errors:
+            self._failed_saves += 1
+            message = f"the checkpoint of step {step} could not be written: {'; '.join(errors)}"
+            if self.owner is not None:
+                self.owner.write_event("checkpoint failed", step=step, errors=errors)
+                print(f"warning: {message}. The earlier ones are untouched, and training goes on", flush=True)
+            if step == self._stop_at:
+                raise ValueError(f"{message}. It was the last one: make room and start the run again")
+            return
+        self._last_commit = time.monotonic()
+        if self.owner is not None:
+            self._checkpoint_bytes = written.size_bytes
+            self.owner.write_event("checkpoint committed", step=step, bytes=written.size_bytes, seconds=seconds)
+            for old in delete_old_checkpoints(self.run, self.recipe.checkpoint, step, self.owner.generation):
+                self.owner.write_event("checkpoint deleted", step=old)
+
+    def _all_errors(self, error: str | None) -> list[str]:
+        """Every rank's error, the same list on all ranks."""
+        if not distributed.gather_floats([float(error is not None)], self.ranks).any():
+            return []
+        return [message for message in distributed.gather_objects(error, self.ranks) if message]
