@@ -145,17 +145,18 @@ def train(
     Example: `trainyard train launch/recipes/quickstart_pretrain.yaml optimizer.learning_rate=1e-3 --processes 2`
     """
     from gpt.recipe import fork_recipe, load_recipe
-    from gpt.train import check
-    from launch.local import default_processes, run_workers
 
     resolved = load_recipe(recipe, overrides or [])
     if fork is not None:
         resolved = fork_recipe(resolved, fork)
+    # after the recipe is known to be good: these take seconds
+    from gpt.train import check
+    from launch.local import default_processes, run_workers
+
     if processes is None:
         processes, reason = default_processes()
         print(f"processes: {processes} ({reason})", flush=True)
-    for line in check(resolved, processes * nodes):
-        print(line, flush=True)
+    check(resolved, processes * nodes)
     code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     raise typer.Exit(code)
 
