@@ -1,0 +1,122 @@
+"""Process environment: threads, allocator, build folder, stale build locks."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from launch import environment
+from launch.environment import clear_stale_build_locks, worker_environment
+
+VARIABLES = (
+    "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR", "TRAINYARD_CACHE",
+    "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "PYTHONUNBUFFERED",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set_by_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, "4"), (8, 3, "2"), (2, 2, "1"), (2, 5, "1")])
+def test_threads_of_all_workers_fill_the_physical_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: str
+) -> None:
+    monkeypatch.setattr(environment, "usable_cores", lambda: cores)
+    assert worker_environment(processes)["OMP_NUM_THREADS"] == threads
+
+
+def test_cores_are_those_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr(environment, "_quota_cores", lambda path, default: default)
+    assert environment.usable_cores() == 12
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"), [("max 100000\n", 7), ("250000 100000\n", 2), ("50000 100000", 1), ("", 7)]
+)
+def test_control_group_quota(tmp_path: Path, content: str, cores: int) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    assert environment._quota_cores(tmp_path / "cpu.max", 7) == cores
+    assert environment._quota_cores(tmp_path / "absent", 7) == 7
+
+
+def test_the_users_own_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    settings = worker_environment(1)
+    assert "OMP_NUM_THREADS" not in settings
+    assert "MALLOC_TOP_PAD_" not in settings
+    assert "MALLOC_TRIM_THRESHOLD_" in settings
+
+
+def test_a_host_with_gpus_keeps_glibcs_allocator_and_deepspeeds_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "cuda_devices", lambda: 8)
+    settings = worker_environment(8)
+    assert "DS_ACCELERATOR" not in settings
+    assert not [name for name in settings if name.startswith("MALLOC")]
+    assert settings["TORCH_EXTENSIONS_DIR"].endswith("-cuda")
+
+
+def test_build_folder_is_one_per_host_and_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path))
+    monkeypatch.setattr("platform.node", lambda: "node/one")
+    monkeypatch.setattr(environment, "version", lambda name: {"torch": "2.13.0+cpu", "deepspeed": "0.19.8"}[name])
+    folder = environment.extensions_directory(has_cuda=False)
+    assert folder.parent == tmp_path / "extensions" / "node_one"
+    assert folder.name.endswith("-torch2.13.0+cpu-deepspeed0.19.8-cpu")
+
+
+def test_cache_is_below_the_users_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert environment.cache_directory() == tmp_path / "trainyard"
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has taken torch's build lock, as a builder does, and keeps it."""
+    code = (
+        "import sys, time; from torch.utils.file_baton import FileBaton; "
+        "print(FileBaton(sys.argv[1]).try_acquire(), flush=True) or time.sleep(60)"
+    )
+    (tmp_path / "held").mkdir()
+    code = code.replace("FileBaton(sys.argv[1]).try_acquire()", "(b := FileBaton(sys.argv[1])).try_acquire()")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "held" / "lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "True"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_only_locks_without_a_living_holder_are_removed(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    stale, held = tmp_path / "stale" / "lock", tmp_path / "held" / "lock"
+    stale.parent.mkdir()
+    stale.touch()
+    assert not FileBaton(str(stale)).try_acquire()  # torch would now wait without end
+
+    assert clear_stale_build_locks(tmp_path) == [stale]
+    assert held.exists()
+    assert not FileBaton(str(held)).try_acquire()
+    baton = FileBaton(str(stale))
+    assert baton.try_acquire()
+    baton.release()
+
+    holder.kill()
+    holder.wait()
+    assert held.exists()
+    assert clear_stale_build_locks(tmp_path) == [held]
+
+
+def test_a_folder_that_does_not_exist_yet_has_no_locks(tmp_path: Path) -> None:
+    assert clear_stale_build_locks(tmp_path / "absent") == []

@@ -1,0 +1,267 @@
+"""The local launcher with real processes, which are small scripts: output, first causes, signals, several hosts."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gpt.recipe import Recipe, parse_recipe
+from launch import local
+
+WORKER = """
+import json, os, pathlib, signal, sys, time
+rank = int(os.environ["RANK"])
+errors = pathlib.Path(os.environ["TRAINYARD_ERROR_DIRECTORY"])
+name = json.loads(os.environ["TRAINYARD_RECIPE"])["name"]
+
+def wait_for(file):
+    while not (errors / file).exists():
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    content: dict[str, Any] = {
+        "name": "launched",
+        "runs_directory": str(tmp_path / "runs"),
+        "model": {"config": {"model_type": "llama"}},
+        "tokenizer": "none",
+        "data": {"train": [{"path": "none"}], "sequence_length": 8},
+        "train": {"global_batch_tokens": 16, "micro_batch_sequences": 1, "steps": 1},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    return parse_recipe(content, "test")
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Gives the function that sets what every worker process runs."""
+    monkeypatch.setattr(local, "WORKER_MODULE", "stand_in_worker")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("TRAINYARD_RECIPE", raising=False)
+
+    def write(code: str) -> None:
+        (tmp_path / "stand_in_worker.py").write_text(WORKER + textwrap.dedent(code))
+
+    return write
+
+
+def worker_processes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "stand_in_worker" in child.cmdline()]
+
+
+def test_workers_get_recipe_ranks_and_environment(
+    recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker("""
+        print(name, rank, os.environ["WORLD_SIZE"], os.environ["DS_ACCELERATOR"], "MALLOC_TOP_PAD_" in os.environ)
+        sys.stderr.write("a word without a newline")
+    """)
+    before = dict(os.environ)
+    handlers = [signal.getsignal(number) for number in local.ENDING_SIGNALS]
+    assert local.run_workers(recipe, processes=2) == 0
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["launched 0 2 cpu True", "launched 1 2 cpu True"]
+    assert err == "a word without a newline" * 2
+    assert dict(os.environ) == before
+    assert [signal.getsignal(number) for number in local.ENDING_SIGNALS] == handlers
+    (logs,) = (recipe.run_directory() / "logs").iterdir()
+    assert (logs / "rank_00001.stdout.log").read_text() == "launched 1 2 cpu True\n"
+
+
+def test_lines_of_two_ranks_are_not_mixed(recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    worker("""
+        for _ in range(300):
+            sys.stdout.write(f"<{rank}:")
+            sys.stdout.flush()
+            time.sleep(0.001)
+            sys.stdout.write(f"{rank}>\\n")
+    """)
+    assert local.run_workers(recipe, processes=2) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == ["<0:0>"] * 300 + ["<1:1>"] * 300
+
+
+def test_a_refusal_of_all_ranks_is_one_sentence(recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    worker("""
+        (errors / f"rank_{rank}.txt").write_text("the batch is 7, use 8")
+        wait_for(f"rank_{1 - rank}.txt")
+        sys.exit(1)
+    """)
+    assert local.run_workers(recipe, processes=2) == 1
+    assert capfd.readouterr().err == "trainyard: error: the batch is 7, use 8\n"
+
+
+def test_the_first_traceback_comes_last_and_the_others_stay_in_the_logs(
+    recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker("""
+        if rank == 0:
+            wait_for("rank_1.traceback.txt")
+            time.sleep(0.02)
+        (errors / f"rank_{rank}.traceback.txt").write_text(f"Traceback\\nRuntimeError: of rank {rank}")
+        wait_for("rank_0.traceback.txt")
+        print("last words", file=sys.stderr)
+        sys.exit(1)
+    """)
+    assert local.run_workers(recipe, processes=2) == 1
+    err = capfd.readouterr().err
+    assert err.endswith(f"rank 1 on {socket.gethostname()} failed:\nTraceback\nRuntimeError: of rank 1\n")
+    assert "of rank 0" not in err
+    (logs,) = (recipe.run_directory() / "logs").iterdir()
+    assert f"what every rank printed: {logs}" in err
+    assert "of rank 0" in (logs / "rank_0.traceback.txt").read_text()
+
+
+def test_a_killed_rank_is_named_and_takes_the_others_down(
+    recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker("""
+        print(os.getpid())
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    """)
+    started = time.monotonic()
+    assert local.run_workers(recipe, processes=2) == 1
+    assert time.monotonic() - started < 10
+    out, err = capfd.readouterr()
+    killed = re.findall(r"rank (\d) \(process (\d+) on \S+\) was killed by (\w+)", err)
+    assert [(rank, name) for rank, _, name in killed] == [("1", "SIGKILL")]
+    assert killed[0][1] in out.split()
+    assert worker_processes() == []
+
+
+def test_an_exit_without_a_word_is_said(recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    worker("sys.exit(3) if rank == 1 else time.sleep(60)")
+    assert local.run_workers(recipe, processes=2) == 1
+    err = capfd.readouterr().err
+    assert re.search(r"rank 1 \(process \d+ on \S+\) ended with exit code 3 and left no traceback\n$", err)
+    assert "rank 0" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_launcher_ends_all_workers(
+    recipe: Recipe, worker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    """The worker ignores the first SIGTERM for a moment, and a second signal comes in that time."""
+    worker(f"""
+        def slow_end(*_):
+            pathlib.Path({str(tmp_path)!r}, f"ending_{{rank}}").touch()
+            time.sleep(0.5)
+            os._exit(0)
+        signal.signal(signal.SIGTERM, slow_end)
+        pathlib.Path({str(tmp_path)!r}, f"ready_{{rank}}").touch()
+        time.sleep(60)
+    """)
+
+    def send(files: str) -> None:
+        while len(list(tmp_path.glob(files))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    def user() -> None:
+        send("ready_*")
+        send("ending_*")
+
+    thread = threading.Thread(target=user)
+    thread.start()
+    assert local.run_workers(recipe, processes=2) == code
+    thread.join()
+    assert worker_processes() == []
+    assert f"stopped by {number.name}" in capfd.readouterr().err
+
+
+def test_a_build_lock_of_a_killed_run_is_removed_with_a_line(
+    recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker("print(os.environ['TORCH_EXTENSIONS_DIR'])")
+    assert local.run_workers(recipe, processes=1) == 0
+    lock = Path(capfd.readouterr().out.strip()) / "some_op" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert local.run_workers(recipe, processes=1) == 0
+    assert f"removed the build lock {lock}" in capfd.readouterr().err
+    assert not lock.exists()
+
+
+LAUNCHER = """
+import sys
+from gpt.recipe import parse_recipe
+from launch import local
+import json
+local.WORKER_MODULE = "stand_in_worker"
+recipe = parse_recipe(json.loads(sys.argv[1]), "test")
+sys.exit(local.run_workers(recipe, processes=2, nodes=2, node_rank=int(sys.argv[2]), rendezvous=sys.argv[3]))
+"""
+
+
+def test_two_hosts_number_their_ranks_by_node_rank(recipe: Recipe, worker: Any, tmp_path: Path) -> None:
+    worker("print(os.environ['GROUP_RANK'], rank, os.environ['WORLD_SIZE'], os.environ['MASTER_PORT'])")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", LAUNCHER, recipe.model_dump_json()]
+    hosts = []
+    for node_rank in (1, 0):  # the second host is there first
+        hosts.append(
+            subprocess.Popen([*command, str(node_rank), f"127.0.0.1:{port}"], stdout=subprocess.PIPE, text=True)
+        )
+        time.sleep(0.2)
+    (second, _), (first, _) = (host.communicate(timeout=60) for host in hosts)
+    assert [host.returncode for host in hosts] == [0, 0]
+    assert sorted(first.splitlines()) == [f"0 0 4 {port}", f"0 1 4 {port}"]
+    assert sorted(second.splitlines()) == [f"1 2 4 {port}", f"1 3 4 {port}"]
+
+
+def test_hosts_that_do_not_meet(recipe: Recipe, worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker("")
+    monkeypatch.setattr(local, "MEETING_TIMEOUT_SECONDS", 1)
+    with socket.socket() as other_program:
+        other_program.bind(("127.0.0.1", 0))
+        other_program.listen()
+        endpoint = f"127.0.0.1:{other_program.getsockname()[1]}"
+        with pytest.raises(OSError, match=rf"2 hosts of the run did not meet at {endpoint}.*within 1 s"):
+            local.run_workers(recipe, processes=1, nodes=2, node_rank=0, rendezvous=endpoint)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"processes": 0}, "--processes and --nodes are at least 1; given: 0 and 1"),
+        (
+            {"processes": 1, "nodes": 2, "node_rank": 2, "rendezvous": "a:1"},
+            "--node-rank is 2, but 2 node.s. have ranks 0 to 1",
+        ),
+        ({"processes": 1, "nodes": 2}, "2 nodes need --rendezvous HOST:PORT"),
+        ({"processes": 1, "nodes": 2, "rendezvous": "host"}, "'host', not HOST:PORT"),
+        ({"processes": 1, "nodes": 2, "rendezvous": "host:99999"}, "port from 1 to 65535"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_before_anything_is_written(
+    recipe: Recipe, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        local.run_workers(recipe, **arguments)
+    assert not recipe.run_directory().exists()
+
+
+@pytest.mark.parametrize(("devices", "cores", "processes"), [(8, 64, 8), (0, 64, 2), (0, 1, 1)])
+def test_default_processes(monkeypatch: pytest.MonkeyPatch, devices: int, cores: int, processes: int) -> None:
+    monkeypatch.setattr("launch.environment.cuda_devices", lambda: devices)
+    monkeypatch.setattr("launch.environment.usable_cores", lambda: cores)
+    number, reason = local.default_processes()
+    assert number == processes
+    assert str(devices or cores) in reason
