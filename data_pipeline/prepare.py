@@ -60,8 +60,9 @@ class PrepareOptions:
     seed: int = 0
 
     def read_options(self) -> ReadOptions:
+        delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # a shell passes the two characters
         return ReadOptions(
-            self.format, self.text_field, self.prompt_field, self.response_field, self.delimiter, self.encoding
+            self.format, self.text_field, self.prompt_field, self.response_field, delimiter, self.encoding
         )
 
     def command(self) -> str:
@@ -99,10 +100,12 @@ class _Reading:
 
     def __init__(self, options: PrepareOptions, progress: Progress | None) -> None:
         self.read_options = options.read_options()
-        self.files = find_files(options.inputs, self.read_options)
+        self.files, self.ignored = find_files(options.inputs, self.read_options)
         self.train_files = len(self.files)
         if options.validation_inputs:
-            self.files += _separate_files(self.files, find_files(options.validation_inputs, self.read_options))
+            validation_files, ignored = find_files(options.validation_inputs, self.read_options)
+            self.files += _separate_files(self.files, validation_files)
+            self.ignored += ignored
         kinds = {content_kind(file, self.read_options): file for file in self.files}
         if len(kinds) > 1:
             raise ValueError(
@@ -337,6 +340,7 @@ def _make(options: PrepareOptions, reading: _Reading, output: Path) -> dict[str,
         "tokenizer": {"sha256": sha256, "vocabulary_size": vocabulary, "trained": options.train_vocabulary is not None},
         "splits": summaries,
         "empty_documents": reading.empty_documents,
+        "ignored_files": reading.ignored,
         "duplicates": _count_duplicates(splits),
         "files": [
             {"name": file.name, "bytes": file.bytes, "documents_in": count, "documents_kept": kept[index]}

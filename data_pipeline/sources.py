@@ -72,34 +72,37 @@ class Document:
     bytes_read: int  # how far into its file reading has come, for progress
 
 
-def find_files(inputs: Sequence[str], options: ReadOptions) -> list[SourceFile]:
+def find_files(inputs: Sequence[str], options: ReadOptions) -> tuple[list[SourceFile], list[str]]:
     """Resolve files, folders (recursively, in sorted order, by known extension) and globs to source files.
+
+    Returns:
+        The files, and the paths found in folders but left out for their extension; hidden ones are in neither.
 
     Raises:
         FileNotFoundError: an input does not exist or matches nothing.
         ValueError: an empty file, a file of unknown kind, a folder without a readable file.
     """
     found: dict[Path, SourceFile] = {}
+    ignored: list[str] = []
     for entry in inputs:
         path = Path(entry)
         if path.exists():
-            matches = [path]
+            files = _files_under(path, options, ignored)
         elif glob.has_magic(entry):
+            # A glob matches folders beside files; only folders named as such are searched.
             matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True))]
-            if not matches:
-                raise FileNotFoundError(f"no file matches {entry!r}")
+            matches = [match for match in matches if match.is_file() or _is_dataset(match)]
+            files = [file for match in matches for file in _files_under(match, options, ignored)]
         else:
             raise FileNotFoundError(f"there is no file or folder {entry!r}")
-        explicit = len(matches) == 1 and path.exists()
-        files = [file for match in matches for file in _files_under(match, options, explicit)]
         if not files:
             wanted = ", ".join(_wanted_extensions(options))
-            raise ValueError(f"{entry!r} holds no file to read (extensions: {wanted}); give files or a --format")
+            raise FileNotFoundError(f"{entry!r} gives no file to read; the extensions read are {wanted}")
         for file in files:
             if file.bytes == 0:
                 raise ValueError(f"{file.path} is empty: remove it or fill it")
             found.setdefault(file.path.resolve(), file)  # inputs that overlap name a file once
-    return list(found.values())
+    return list(found.values()), ignored
 
 
 def content_kind(file: SourceFile, options: ReadOptions) -> str:
@@ -149,23 +152,29 @@ def _wanted_extensions(options: ReadOptions) -> list[str]:
     return [extension for kind in kinds for extension in CONTAINERS[kind]]
 
 
-def _files_under(path: Path, options: ReadOptions, explicit: bool) -> Iterator[SourceFile]:
+def _is_dataset(path: Path) -> bool:
+    return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+
+
+def _files_under(path: Path, options: ReadOptions, ignored: list[str]) -> list[SourceFile]:
     if path.is_file():
-        yield SourceFile(path, path.name, _container(path, options), path.stat().st_size)
-        return
+        return [SourceFile(path, path.name, _container(path, options), path.stat().st_size)]
     if (path / "dataset_dict.json").is_file():
-        splits = sorted(child.name for child in path.iterdir() if (child / "dataset_info.json").is_file())
+        splits = sorted(child.name for child in path.iterdir() if _is_dataset(child))
         raise ValueError(f"{path} is a dataset with the splits {', '.join(splits)}: give one, as {path / splits[0]}")
-    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        yield SourceFile(path, path.name, "dataset", sum(part.stat().st_size for part in path.glob("*.arrow")))
-        return
-    if not explicit:
-        return  # a glob matched a folder beside files: only folders named as such are searched
+    if _is_dataset(path):
+        return [SourceFile(path, path.name, "dataset", sum(part.stat().st_size for part in path.glob("*.arrow")))]
     wanted = _wanted_extensions(options)
-    children = (child for child in path.rglob("*") if child.suffix.lower() in wanted and child.is_file())
-    for child in sorted(children, key=lambda child: child.relative_to(path).as_posix()):
+    files = []
+    for child in sorted(path.rglob("*"), key=lambda child: child.relative_to(path).as_posix()):
         name = child.relative_to(path).as_posix()
-        yield SourceFile(child, name, _container(child, options), child.stat().st_size)
+        if not child.is_file() or any(part.startswith(".") for part in name.split("/")):
+            continue
+        if child.suffix.lower() in wanted:
+            files.append(SourceFile(child, name, _container(child, options), child.stat().st_size))
+        else:
+            ignored.append(str(child))
+    return files
 
 
 def _container(path: Path, options: ReadOptions) -> str:
@@ -253,7 +262,7 @@ def _open_text(file: SourceFile, options: ReadOptions) -> tuple[io.TextIOWrapper
     start = raw.read(4)
     raw.seek(0)
     encoding = codecs.lookup(options.encoding).name
-    if encoding == "utf-8":
+    if encoding in ("utf-8", "utf-8-sig"):
         encoding = "utf-8-sig"
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raw.close()
@@ -265,8 +274,13 @@ def _open_text(file: SourceFile, options: ReadOptions) -> tuple[io.TextIOWrapper
             "read it with --encoding utf-8"
         )
     text = io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline="")
-    if text.read(1) != "\ufeff":  # GB18030 and the UTF-16 variants with a fixed byte order keep the mark as a character
-        text.seek(0)
+    try:
+        # GB18030 and the UTF-16 variants with a fixed byte order keep the mark as a character.
+        if text.read(1) != "\ufeff":
+            text.seek(0)
+    except UnicodeError:
+        text.close()
+        raise
     return text, raw
 
 
@@ -307,13 +321,17 @@ def _undecodable(path: Path, encoding: str) -> ValueError:
         else:
             return ValueError(f"{path} ends in the middle of a character of {encoding}: the file is cut short")
         sample = bytes_line + raw.read(2**20)
+    likely = _likely_encoding(sample)
+    if likely is None or likely == encoding:
+        return ValueError(f"{path}:{line}: the text is not valid {encoding}, nor any other encoding that is recognised")
     return ValueError(
-        f"{path}:{line}: the text is not valid {encoding}; it looks like {_likely_encoding(sample)}: "
-        f"read it with --encoding {_likely_encoding(sample)}"
+        f"{path}:{line}: the text is not valid {encoding}; it looks like {likely}: read it with --encoding {likely}"
     )
 
 
-def _likely_encoding(sample: bytes) -> str:
+def _likely_encoding(sample: bytes) -> str | None:
+    if b"\0" in sample:
+        return None  # no text in an encoding that keeps ASCII as it is
     for encoding in ("utf-8", "gb18030"):
         try:
             text = codecs.getincrementaldecoder(encoding)().decode(sample)
@@ -415,10 +433,7 @@ def _parquet_file(file: SourceFile) -> parquet.ParquetFile:
 def _parquet_rows(file: SourceFile, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any], int]]:
     table = _parquet_file(file)
     batches = table.iter_batches(BATCH_ROWS, columns=_columns_to_read(table.schema_arrow.names, options))
-    try:
-        yield from _arrow_rows(file, batches, table.metadata.num_rows)
-    except OSError as error:
-        raise ValueError(f"{file.path} is damaged: {error}") from None
+    yield from _arrow_rows(file, batches, table.metadata.num_rows)
 
 
 def _dataset(file: SourceFile) -> Any:
@@ -443,7 +458,10 @@ def _columns_to_read(columns: list[str], options: ReadOptions) -> list[str]:
 
 def _arrow_rows(file: SourceFile, batches: Iterable[Any], rows: int) -> Iterator[tuple[str, dict[str, Any], int]]:
     number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{file.path}, row {number}", row, file.bytes * number // rows
+    try:
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file.path}, row {number}", row, file.bytes * number // rows
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+        raise ValueError(f"{file.path} cannot be read behind row {number}: {error}") from None

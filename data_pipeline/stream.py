@@ -117,10 +117,9 @@ class _ChatSamples:
             f"{self._length:,} tokens, {self._packs.fill:.1%} filled"
         ]
         if self._packs.too_long.size:
-            longest = int(self._lengths.max())
             lines.append(
-                f"{self._packs.too_long.size:,} conversations are longer than {self._length + 1:,} tokens and left out "
-                f"(the longest has {longest:,})"
+                f"left out for being longer than {self._length + 1:,} tokens: {self._packs.too_long.size:,} "
+                f"conversations (the longest has {int(self._lengths.max()):,})"
             )
         return lines
 
@@ -214,7 +213,10 @@ class TrainingStream:
 
     def rows(self, positions: np.ndarray) -> Rows:
         """The rows at any positions (integers, at least 0), in the order given."""
-        ids = self._ids_at(np.asarray(positions, dtype=np.uint64))
+        positions = np.asarray(positions)
+        if positions.size and int(positions.min()) < 0:
+            raise ValueError(f"position {int(positions.min())} was asked for; positions begin at 0")
+        ids = self._ids_at(positions.astype(np.uint64))
         source_of = (ids >> np.uint64(SOURCE_SHIFT)).astype(np.int64)
         sample_of = ids & np.uint64((1 << SOURCE_SHIFT) - 1)
         if len(self._samples) == 1:

@@ -11,6 +11,8 @@ The manifest has of every file its size and an xxh3-64 of each 8 MiB block. A di
 data set.
 """
 
+import bisect
+import itertools
 import json
 import mmap
 import os
@@ -134,7 +136,6 @@ class ShardWriter:
             "tokenizer_sha256": tokenizer_sha256,
             "vocabulary_size": vocabulary_size,
             "special_ids": dict(sorted(special_ids.items())),
-            "block_bytes": BLOCK_BYTES,
         }
         self._with_mask = kind == "chat"
         self._shards: list[dict[str, Any]] = []
@@ -310,7 +311,7 @@ class TokenShards:
         self.tokenizer_sha256: str = self.manifest["tokenizer_sha256"]
         self.special_ids: dict[str, int | None] = self.manifest["special_ids"]
         shards = self.manifest["shards"]
-        self._shard_starts = np.cumsum([0] + [shard["tokens"] for shard in shards], dtype=np.int64)
+        self._shard_starts = list(itertools.accumulate((shard["tokens"] for shard in shards), initial=0))
         dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self._bins = [self._open(shard, "bin", dtype) for shard in shards]
         self._masks = [self._open(shard, "mask", np.dtype("u1")) for shard in shards] if self.kind == "chat" else []
@@ -336,18 +337,22 @@ class TokenShards:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens ``[start, start + count)`` of the stream, int64."""
-        out = np.empty((1, count), dtype=np.int64)
-        self.read_windows(np.array([start]), out)
-        return out[0]
+        out = np.empty(count, dtype=np.int64)
+        for shard, begin, end, offset in self._pieces(start, count):
+            reader = self._bins[shard]
+            reader.check(begin, end)
+            out[offset : offset + end - begin] = reader.values[begin:end]
+        return out
 
     def read_windows(self, starts: np.ndarray, out: np.ndarray) -> None:
-        """Fill each row of ``out`` (int64 ``[n, length]``) with the tokens from ``starts[row]`` (int ``[n]``) on."""
+        """Fill each row of ``out`` (int64 ``[n, length]``) with the tokens from ``starts[row]`` (int64 ``[n]``) on."""
         count = out.shape[1]
-        shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
         if starts.size and (int(starts.min()) < 0 or int(starts.max()) + count > self.tokens):
             self._refuse_range(int(starts.min()), int(starts.max()) + count)
-        begins = starts - self._shard_starts[shards]
-        inside = starts + count <= self._shard_starts[shards + 1]
+        bounds = np.asarray(self._shard_starts)
+        shards = np.searchsorted(bounds, starts, side="right") - 1
+        begins = starts - bounds[shards]
+        inside = starts + count <= bounds[shards + 1]
         for row, (shard, begin, whole) in enumerate(
             zip(shards.tolist(), begins.tolist(), inside.tolist(), strict=True)
         ):
@@ -355,11 +360,8 @@ class TokenShards:
                 reader = self._bins[shard]
                 reader.check(begin, begin + count)
                 out[row] = reader.values[begin : begin + count]
-                continue
-            for piece_shard, piece_begin, piece_end, offset in self._pieces(int(starts[row]), count):
-                reader = self._bins[piece_shard]
-                reader.check(piece_begin, piece_end)
-                out[row, offset : offset + piece_end - piece_begin] = reader.values[piece_begin:piece_end]
+            else:
+                out[row] = self.read(int(starts[row]), count)
 
     def read_mask(self, start: int, count: int) -> np.ndarray:
         """The mask of tokens ``[start, start + count)``, bool; only for kind "chat"."""
@@ -377,12 +379,11 @@ class TokenShards:
         if start < 0 or count < 0 or start + count > self.tokens:
             self._refuse_range(start, start + count)
         pieces = []
-        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        shard = bisect.bisect_right(self._shard_starts, start) - 1
         offset = 0
         while offset < count:
-            shard_start, shard_end = int(self._shard_starts[shard]), int(self._shard_starts[shard + 1])
-            begin = start + offset - shard_start
-            end = min(shard_end - shard_start, begin + count - offset)
+            begin = start + offset - self._shard_starts[shard]
+            end = min(self._shard_starts[shard + 1] - self._shard_starts[shard], begin + count - offset)
             pieces.append((shard, begin, end, offset))
             offset += end - begin
             shard += 1
