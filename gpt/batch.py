@@ -5,6 +5,10 @@ ranks with fewer get zero-weight rows, so that all ranks run the same number of 
 """
 
 from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
 
 PADDED_SHARE_TO_WARN = 0.05
 
@@ -65,3 +69,44 @@ def plan_batch(global_batch_sequences: int, micro_batch_sequences: int, world_si
         rows_per_forward=-(-most // accumulation_steps),
         accumulation_steps=accumulation_steps,
     )
+
+
+class Rows(Protocol):
+    """n sequences of L tokens: int64 [n, L] each, the mask bool [n, L]."""
+
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+    @property
+    def position_ids(self) -> np.ndarray: ...
+    @property
+    def target_mask(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward of one rank: [rows, tokens] each, on the rank's device."""
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def micro_batches(rows: Rows, count: int, rows_per_forward: int, device: torch.device) -> list[MicroBatch]:
+    """Split a rank's rows into `count` forwards of equal shape, filled up with rows without weight.
+
+    Such a row repeats the first one, so that its numbers are ordinary; a rank without any gets zeros.
+    """
+    have, need = len(rows.input_ids), count * rows_per_forward
+
+    def filled(values: np.ndarray, blank: bool = False) -> torch.Tensor:
+        extra_shape = (need - have, values.shape[1])
+        extra = np.zeros(extra_shape, values.dtype) if blank or not have else np.broadcast_to(values[:1], extra_shape)
+        return torch.from_numpy(np.concatenate([values, extra])).to(device)
+
+    mask = filled(rows.target_mask, blank=True)
+    parts = [filled(rows.input_ids), filled(rows.targets), filled(rows.position_ids), mask]
+    split = [part.split(rows_per_forward) for part in parts]
+    return [MicroBatch(*(part[i] for part in split)) for i in range(count)]

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from data_pipeline.stream import ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths
-from gpt import distributed
+from gpt.batch import MicroBatch, micro_batches
 from gpt.checkpoint.format import Greedy
 from gpt.checkpoint.read import load_plain_model
 from gpt.loss import count_correct, cross_entropy_sum
-from gpt.metrics import Record
+from gpt.metrics import Evaluation, Record
 from gpt.model import is_run_directory
 from gpt.run_directory import stored_recipe
-from gpt.trainer import Evaluation, MicroBatch, Trainer, micro_batches
+
+if TYPE_CHECKING:
+    from gpt.trainer import Trainer
 
 FOLDER_ROWS_PER_FORWARD = 8
 LARGEST_DEFAULT_SEQUENCE_LENGTH = 2048
@@ -73,8 +75,10 @@ class RunEvaluation:
     sample_tokens: int
     end_ids: frozenset[int]
 
-    def __call__(self, trainer: Trainer) -> Evaluation:
+    def __call__(self, trainer: "Trainer") -> Evaluation:
         """The metrics and the text sample. No random number is drawn, so training does not depend on it."""
+        from gpt import distributed  # here, since evaluating a folder needs no deepspeed
+
         trainer.engine.eval()
         plan, ranks = trainer.batch, trainer.ranks
         samples = self.stream.number_of_samples
@@ -99,7 +103,7 @@ class RunEvaluation:
         return Evaluation(metrics, text, greedy)
 
     @torch.no_grad()
-    def _sample(self, trainer: Trainer) -> Greedy:
+    def _sample(self, trainer: "Trainer") -> Greedy:
         """Greedy continuation. Every rank runs the same number of forwards, whatever it generates: under ZeRO-3 each is
         a series of all-gathers, and a rank that stopped early would leave the others waiting."""
         device = trainer.ranks.device

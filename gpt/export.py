@@ -49,7 +49,8 @@ def export_run(
 
     `dtype` is bf16, fp16 or fp32, by default the training dtype. `progress(done_bytes, total_bytes)` is called while
     weights are written. The folder is written under a temporary name, checked by `export_gate.py` in a fresh process
-    and renamed; one that fails the gate is renamed `<out>.failed`. Returns what was written and the gate's report.
+    and renamed; one that fails the gate is renamed `<out>.failed`. Returns what was written and, for each check of the
+    gate, its sentence; the folder's `export_report.json` has the numbers.
 
     Raises:
         ValueError: an `out` that is not empty, no such checkpoint, damaged files, too little disk or memory, or the
@@ -78,7 +79,9 @@ def export_run(
         ends = _write_configuration(folder, model, tokenizer, precision)
         (folder / "README.md").write_text(model_card(source, manifest, precision), encoding="utf-8")
         report = run_gate(folder, expected_of(manifest, precision, tokenizer, ends))
-        _write_json(folder / "export_report.json", {"step": manifest.step, **report})
+        length = (manifest.recipe.get("data") or {}).get("sequence_length")
+        about = {"step": manifest.step, "data_kind": manifest.data_kind, "sequence_length": length}
+        _write_json(folder / "export_report.json", about | report)
         _finish(folder, files)
         if not report["passed"]:
             raise ValueError(_failure(report, _rename_failed(folder, out)))
@@ -94,7 +97,7 @@ def export_run(
         "bytes": total,
         "weight_files": sorted(files),
         "end_tokens": ends,
-        "gate": report,
+        "gate": {check["check"]: check["sentence"] for check in report["checks"]},
     }
 
 

@@ -8,16 +8,27 @@ import shutil
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from gpt.checkpoint.format import Greedy
 from gpt.run_directory import RunDirectory
 
 GIB = 2**30
 Record = dict[str, float | str | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation gives, the same on every rank."""
+
+    metrics: Record
+    sample_text: str | None
+    greedy: Greedy | None
 
 
 class MetricsWriter:
@@ -73,7 +84,8 @@ class MetricsWriter:
         parts = [f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"]
         shown = {
             "train/loss": "loss {:.4f}", "evaluate/loss": "validation {:.4f}",
-            "evaluate/bits_per_byte": "bits/byte {:.4f}", "train/learning_rate": "lr {:.2e}", "train/gradient_norm": "gradient {:.2f}",
+            "evaluate/bits_per_byte": "bits/byte {:.4f}", "train/learning_rate": "lr {:.2e}",
+            "train/gradient_norm": "gradient {:.2f}",
             "performance/tokens_per_second": "{:,.0f} tokens/s", "performance/model_flops_utilization": "MFU {:.0%}",
         }  # fmt: skip
         parts += [

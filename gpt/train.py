@@ -69,7 +69,7 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
         if stream is not None and stream.tokenizer_sha256 != sha256:
             raise ValueError(
                 f"{name} was prepared with another tokenizer than {recipe.tokenizer} (or that one changed since): "
-                f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the tokenizer it was prepared with"
+                f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the one it was prepared with"
             )
     config = build_config(recipe.model, tokenizer, length)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)

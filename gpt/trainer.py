@@ -17,29 +17,16 @@ import torch
 import xxhash
 
 from gpt import distributed
-from gpt.batch import BatchPlan
+from gpt.batch import BatchPlan, MicroBatch, Rows, micro_batches
 from gpt.checkpoint.format import Greedy, Probe
 from gpt.checkpoint.probe import make_probe
 from gpt.checkpoint.write import Written, delete_old_checkpoints
 from gpt.distributed import Ranks
 from gpt.loss import cross_entropy_sum, loss_for_backward
-from gpt.metrics import MetricsWriter, Record, host_metrics, peak_memory_gib
+from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory
-
-
-class Rows(Protocol):
-    """n sequences of L tokens: int64 [n, L] each, the mask bool [n, L]."""
-
-    @property
-    def input_ids(self) -> np.ndarray: ...
-    @property
-    def targets(self) -> np.ndarray: ...
-    @property
-    def position_ids(self) -> np.ndarray: ...
-    @property
-    def target_mask(self) -> np.ndarray: ...
 
 
 class SampleStream(Protocol):
@@ -47,34 +34,6 @@ class SampleStream(Protocol):
 
     def sample_ids(self, start: int, count: int) -> np.ndarray: ...
     def rows(self, positions: np.ndarray) -> Rows: ...
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward of one rank: [rows, tokens] each, on the rank's device."""
-
-    input_ids: torch.Tensor
-    targets: torch.Tensor
-    position_ids: torch.Tensor
-    mask: torch.Tensor
-
-
-def micro_batches(rows: Rows, count: int, rows_per_forward: int, device: torch.device) -> list[MicroBatch]:
-    """Split a rank's rows into `count` forwards of equal shape, filled up with rows without weight.
-
-    Such a row repeats the first one, so that its numbers are ordinary; a rank without any gets zeros.
-    """
-    have, need = len(rows.input_ids), count * rows_per_forward
-
-    def filled(values: np.ndarray, blank: bool = False) -> torch.Tensor:
-        extra_shape = (need - have, values.shape[1])
-        extra = np.zeros(extra_shape, values.dtype) if blank or not have else np.broadcast_to(values[:1], extra_shape)
-        return torch.from_numpy(np.concatenate([values, extra])).to(device)
-
-    mask = filled(rows.target_mask, blank=True)
-    parts = [filled(rows.input_ids), filled(rows.targets), filled(rows.position_ids), mask]
-    split = [part.split(rows_per_forward) for part in parts]
-    return [MicroBatch(*(part[i] for part in split)) for i in range(count)]
 
 
 class BatchSource:
@@ -113,15 +72,6 @@ class BatchSource:
         positions = np.arange(start + first, start + end, dtype=np.uint64)
         rows, plan = self._stream.rows(positions), self._batch
         return micro_batches(rows, plan.accumulation_steps, plan.rows_per_forward, self._ranks.device)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one evaluation gives, the same on every rank."""
-
-    metrics: Record
-    sample_text: str | None
-    greedy: Greedy | None
 
 
 @dataclass
