@@ -171,7 +171,12 @@ def write_checkpoint(
                 ],
             },
             model_config_dict=model.config.to_dict(),
-            recipe={"name": run.name, "tokenizer": str(run / "tokenizer"), "model": {"pretrained": None}},
+            recipe={
+                "name": run.name,
+                "tokenizer": str(run / "tokenizer"),
+                "model": {"pretrained": None},
+                "data": {"sequence_length": 40},
+            },
             versions={"trainyard": "0.1.0", "transformers": "5.23.0"},
             norms={
                 n: {s: float(p.detach().double().norm()) * k for s, k in states.items()} for n, p in parameters.items()
