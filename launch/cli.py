@@ -51,9 +51,9 @@ def _answer(as_json: bool) -> Iterator[Callable[[Any], None]]:
     os.dup2(2, 1)
     answers: list[Any] = []
     try:
-        yield answers.append
+        with contextlib.redirect_stdout(sys.stderr):
+            yield answers.append
     finally:
-        sys.stdout.flush()
         os.dup2(stdout, 1)
         os.close(stdout)
     for answer in answers:
