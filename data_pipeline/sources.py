@@ -337,9 +337,12 @@ def _likely_encoding(sample: bytes) -> str | None:
             text = codecs.getincrementaldecoder(encoding)().decode(sample)
         except UnicodeError:
             continue
+        if encoding == "utf-8":
+            return encoding
+        # A Western letter and the letter behind it often make a rare Chinese character; common ones are in GB2312.
         other = [character for character in text if not character.isascii()]
-        chinese = sum("\u3000" <= character <= "\u9fff" or "\uff00" <= character <= "\uffef" for character in other)
-        if encoding == "utf-8" or chinese * 2 > len(other):
+        common = "".join(other).encode("gb2312", errors="ignore").decode("gb2312")
+        if len(common) * 2 > len(other):
             return encoding
     return "cp1252"
 
