@@ -43,6 +43,15 @@ def _whole_number(value: Any) -> Any:
     return value
 
 
+def _numbers_within(value: Any) -> Any:
+    """A configuration with the numbers that YAML 1.1 reads as strings; transformers refuses such a string or keeps it."""
+    if isinstance(value, dict):
+        return {key: _numbers_within(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_numbers_within(child) for child in value]
+    return _number(value) if isinstance(value, str) else value
+
+
 Int = Annotated[int, BeforeValidator(_whole_number)]
 PositiveInt = Annotated[Int, Field(gt=0)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -58,7 +67,7 @@ class Section(BaseModel):
 class Model(Section):
     """What is trained: an architecture from scratch, or weights to go on from (exactly one of the two)."""
 
-    config: dict[str, Any] | None = None
+    config: Annotated[dict[str, Any] | None, BeforeValidator(_numbers_within)] = None
     """A transformers configuration: `model_type` and that model's own fields, as transformers names them.
     Without `vocab_size` the tokenizer's size is taken and printed."""
     pretrained: str | None = None
@@ -183,7 +192,7 @@ class Evaluate(Section):
     """Evaluate each so many steps, and always at the end. null: only at the end."""
     batches: PositiveInt | None = None
     """Global batches of validation data per evaluation, from the start, in fixed order. null: all of it."""
-    sample_prompt: str | None = None
+    sample_prompt: Annotated[str, Field(min_length=1)] | None = None
     """Prompt of the text sample that every evaluation writes to TensorBoard: a user's message for chat data, else the
     beginning of a text. null: the first 16 tokens of the validation set (the first message for chat data)."""
     sample_tokens: Annotated[Int, Field(ge=0)] = 64
@@ -200,14 +209,14 @@ class Logging(Section):
 class Recipe(Section):
     """A complete run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    """The run's name; its directory is `<runs_directory>/<name>`."""
+    name: Annotated[str, Field(pattern=r"^[.]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+    """The run's name, of letters, digits, `.`, `_` and `-`; its directory is `<runs_directory>/<name>`."""
     runs_directory: str = Field(default_factory=lambda: os.environ.get("TRAINYARD_RUNS", "runs"))
     """Where run directories are. Default: the environment variable TRAINYARD_RUNS, else `runs`."""
     model: Model
     """What is trained."""
     tokenizer: str
-    """The tokenizer's folder (as `trainyard prepare` writes it) or hub id. It must be the one of the data."""
+    """The tokenizer's folder, as `trainyard prepare` writes it. It must be the one of the data."""
     data: Data
     """What the model sees."""
     train: Train
@@ -252,6 +261,19 @@ class Recipe(Section):
         return Path(self.runs_directory) / self.name
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice: YAML would silently ignore the first one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `key=value` overrides, check it and make its paths absolute.
 
@@ -264,7 +286,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         shipped = sorted(p.name for p in (PROJECT_ROOT / "launch" / "recipes").glob("*.yaml"))
         raise FileNotFoundError(f"recipe {path} does not exist; shipped in launch/recipes: {', '.join(shipped)}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -300,7 +322,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
 
     content = recipe.model_dump()
     content["runs_directory"] = local(recipe.runs_directory)
-    content["tokenizer"] = local_or_hub(recipe.tokenizer)
+    content["tokenizer"] = local(recipe.tokenizer)
     if recipe.model.pretrained is not None:
         content["model"]["pretrained"] = local_or_hub(recipe.model.pretrained)
     for source in content["data"]["train"]:

@@ -60,7 +60,7 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     """
     stored = stored_recipe(recipe.run_directory())
     changes = compare_recipes(stored, recipe) if stored is not None else []
-    tokenizer = load_tokenizer(_local_or_hub(recipe.tokenizer))
+    tokenizer = load_tokenizer(Path(recipe.tokenizer))
     length = recipe.data.sequence_length
     training = TrainingStream([(Path(s.path), s.weight) for s in recipe.data.train], length, recipe.train.seed)
     validation = ValidationStream(Path(recipe.data.validation), length) if recipe.data.validation is not None else None
@@ -91,10 +91,6 @@ def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
         return -(-recipe.train.tokens // recipe.train.global_batch_tokens)
     assert recipe.train.epochs is not None
     return int(np.ceil(recipe.train.epochs * samples_per_epoch / recipe.global_batch_sequences - 1e-9))
-
-
-def _local_or_hub(path: str) -> Any:
-    return Path(path) if Path(path).exists() else path
 
 
 def main() -> int:
