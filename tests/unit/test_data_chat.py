@@ -107,7 +107,7 @@ def test_all_tokens_marked_is_refused() -> None:
 
 
 def test_padding_with_the_closing_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="pads with '<|im_end|>'"):
+    with pytest.raises(ValueError, match=r"pads with '<\|im_end\|>'"):
         render(_with(CHAT_TEMPLATE, pad_token="<|im_end|>"), CONVERSATION)
 
 
