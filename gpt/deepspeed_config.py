@@ -46,14 +46,14 @@ def build_deepspeed_config(recipe: Recipe, batch: BatchPlan, hidden_size: int) -
     for path, value in _owned_values(recipe, batch, hidden_size).items():
         _set_owned(config, path, value, problems)
     problems += [f'"auto" is left over at {place}, which the recipe does not own' for place in _autos(config)]
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    zero = config["zero_optimization"]
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 3
     if stage != 3:
         problems.append(f"zero_optimization.stage is {stage}; this version trains with ZeRO stage 3 only: set it to 3")
     if problems:
-        raise ValueError(f"DeepSpeed file {recipe.deepspeed}: " + "; ".join(problems))
-    config["zero_allow_untested_optimizer"] = (
-        True  # torch's AdamW, which is elementwise and so right on flat partitions
-    )
+        raise ValueError(f"DeepSpeed file {recipe.deepspeed}: " + "; ".join(dict.fromkeys(problems)))
+    # torch's AdamW, which is elementwise and so right on flat partitions
+    config["zero_allow_untested_optimizer"] = True
     config.setdefault("steps_per_print", 2**31)  # the trainer prints; DeepSpeed's own line would be a second one
     return config
 
@@ -63,12 +63,21 @@ def _read(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"DeepSpeed file {path} does not exist; shipped ones are in ds_configs/")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except ValueError as error:
         raise ValueError(f"DeepSpeed file {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"DeepSpeed file {path} does not hold a JSON object")
     return config
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; refuses a key that it has twice, of which Python would silently ignore the first."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)} is there twice")
+    return result
 
 
 def _check_keys(config: dict[str, Any], path: str) -> None:

@@ -44,7 +44,10 @@ def _whole_number(value: Any) -> Any:
 
 
 def _numbers_within(value: Any) -> Any:
-    """A configuration with the numbers that YAML 1.1 reads as strings; transformers refuses such a string or keeps it."""
+    """A configuration with the numbers that YAML 1.1 reads as strings.
+
+    Transformers refuses such a string, or keeps it as one where it checks no types.
+    """
     if isinstance(value, dict):
         return {key: _numbers_within(child) for key, child in value.items()}
     if isinstance(value, list):
