@@ -156,25 +156,33 @@ def test_an_exit_without_a_word_is_said(recipe: Recipe, worker: Any, capfd: pyte
 def test_a_signal_to_the_launcher_ends_all_workers(
     recipe: Recipe, worker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, code: int
 ) -> None:
-    """The worker ignores the first SIGTERM for a moment, and a second signal comes in that time."""
+    """The workers take their time to end, and an impatient user sends the signal again and again meanwhile."""
     worker(f"""
+        place = pathlib.Path({str(tmp_path)!r})
+
         def slow_end(*_):
-            pathlib.Path({str(tmp_path)!r}, f"ending_{{rank}}").touch()
-            time.sleep(0.5)
+            (place / f"ending_{{rank}}").touch()
+            while not (place / "patience_is_over").exists():
+                time.sleep(0.01)
             os._exit(0)
+
         signal.signal(signal.SIGTERM, slow_end)
-        pathlib.Path({str(tmp_path)!r}, f"ready_{{rank}}").touch()
+        (place / f"ready_{{rank}}").touch()
         time.sleep(60)
     """)
 
-    def send(files: str) -> None:
+    def wait_for(files: str) -> None:
         while len(list(tmp_path.glob(files))) < 2:
             time.sleep(0.01)
-        os.kill(os.getpid(), number)
 
     def user() -> None:
-        send("ready_*")
-        send("ending_*")
+        wait_for("ready_*")
+        os.kill(os.getpid(), number)
+        wait_for("ending_*")
+        for _ in range(4):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        (tmp_path / "patience_is_over").touch()
 
     thread = threading.Thread(target=user)
     thread.start()
