@@ -39,18 +39,25 @@ def build_config(model: Model, tokenizer: PreTrainedTokenizerBase, sequence_leng
     else:
         assert model.pretrained is not None
         config = _config_of_weights(model.pretrained)
-    if config.vocab_size < len(tokenizer):
+    text = config.get_text_config()  # of a model that reads more than text
+    size = _vocabulary_size(tokenizer)
+    if text.vocab_size < size:
         raise ValueError(
-            f"the model's vocab_size is {config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens: "
-            f"use at least {len(tokenizer)}, or leave vocab_size out to take the tokenizer's"
+            f"the model's vocab_size is {text.vocab_size}, but the tokenizer has {size} tokens: "
+            f"use at least {size}, or leave vocab_size out to take the tokenizer's"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise ValueError(
             f"data.sequence_length is {sequence_length}, but the model has only {positions} positions "
             f"(max_position_embeddings): shorten the sequences or enlarge the model"
         )
     return config
+
+
+def _vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id: `len(tokenizer)` is too small where a vocabulary has gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _config_from_scratch(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -67,13 +74,8 @@ def _config_from_scratch(fields: dict[str, Any], tokenizer: PreTrainedTokenizerB
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"did you mean {near[0]}?" if near else "see transformers' documentation of its configuration"
             raise ValueError(f"model.config.{key} is no field of transformers' {model_type} configuration: {hint}")
-    fields.setdefault("vocab_size", len(tokenizer))
-    limit = -(-len(tokenizer) // VOCABULARY_PADDING) * VOCABULARY_PADDING
-    if fields["vocab_size"] > limit:
-        raise ValueError(
-            f"model.config.vocab_size is {fields['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens: use "
-            f"{len(tokenizer)}, or at most {limit} (the next multiple of {VOCABULARY_PADDING})"
-        )
+    size = _vocabulary_size(tokenizer)
+    fields.setdefault("vocab_size", size)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))
     try:
@@ -81,6 +83,12 @@ def _config_from_scratch(fields: dict[str, Any], tokenizer: PreTrainedTokenizerB
     except Exception as error:  # transformers raises its own validation errors of many types
         raise ValueError(f"model.config is refused by transformers: {' '.join(str(error).split())}") from error
     config.architectures = [_causal_class(config).__name__]
+    limit, given = -(-size // VOCABULARY_PADDING) * VOCABULARY_PADDING, config.get_text_config().vocab_size
+    if given > limit:
+        raise ValueError(
+            f"model.config.vocab_size is {given}, but the tokenizer has {size} tokens: use {size}, or at most {limit} "
+            f"(the next multiple of {VOCABULARY_PADDING})"
+        )
     return config
 
 

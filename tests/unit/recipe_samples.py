@@ -1,9 +1,23 @@
-"""Recipes for the tests of gpt's core: a whole one as people write it, changed field by field."""
+"""Recipes for the tests of gpt's core: a whole one as people write it, changed field by field, and data for it."""
 
 import copy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gpt.recipe import Recipe, parse_recipe
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Folders that `trainyard prepare` would write (fixture prepared_data); read them, do not change them."""
+
+    text: Path
+    chat: Path
+    """Conversations, prepared with the tokenizer of `text`."""
+    other: Path
+    """The same text with a tokenizer of another size."""
+
 
 CONTENT: dict[str, Any] = {
     "name": "small",

@@ -41,7 +41,7 @@ def test_sum_and_gradient_equal_torchs_in_float64(shape: tuple[int, int], dtype:
     loss = cross_entropy_sum(logits, targets, mask)
     expected, expected_gradient = reference(logits, targets, mask)
     assert (loss.dtype, loss.shape) == (torch.float32, ())
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
     (3.0 * loss).backward()
     assert logits.grad is not None
     assert logits.grad.dtype == dtype
