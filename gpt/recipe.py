@@ -288,15 +288,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not file.is_file():
         shipped = sorted(p.name for p in (PROJECT_ROOT / "launch" / "recipes").glob("*.yaml"))
         raise FileNotFoundError(f"recipe {path} does not exist; shipped in launch/recipes: {', '.join(shipped)}")
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} holds {type(content).__name__}, not a mapping of keys to values")
+    content = read_mapping(file)
     for override in overrides:
         _apply_override(content, override)
     return resolve_paths(parse_recipe(content, str(path)))
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The keys and values of a recipe file, not yet checked. Raises ValueError when it is not YAML or no mapping."""
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {file} holds {type(content).__name__}, not a mapping of keys to values")
+    return content
 
 
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:

@@ -4,6 +4,7 @@ One writer: each start claims the next generation number by linking a file that 
 NFS too. A start is refused while the last one is alive; a generation that is no longer the newest writes nothing.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
-from gpt.recipe import PROJECT_ROOT, Recipe, parse_recipe
+from gpt.recipe import PROJECT_ROOT, Recipe, parse_recipe, read_mapping
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -73,7 +73,7 @@ def _is_in(field: str, sections: tuple[str, ...]) -> bool:
 def stored_recipe(run: Path) -> Recipe | None:
     """The recipe that a run directory belongs to; None where there is no run."""
     file = run / "recipe.yaml"
-    return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file)) if file.is_file() else None
+    return parse_recipe(read_mapping(file), str(file)) if file.is_file() else None
 
 
 class RunDirectory:
@@ -107,7 +107,10 @@ class RunDirectory:
             "time": time.time(),
         }
         temporary = generations / f".{mine['host']}-{mine['pid']}"
-        temporary.write_text(json.dumps(mine), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(mine))
+            file.flush()
+            os.fsync(file.fileno())  # an empty claim, left by a host that lost power, would block every later start
         try:
             os.link(temporary, self._claim_file(newest + 1))
         except FileExistsError:
@@ -148,9 +151,12 @@ class RunDirectory:
     def write_event(self, kind: str, **details: Any) -> None:
         """Append one line to events.jsonl, which is never cut."""
         self.check_ownership()
-        line = json.dumps({"time": time.time(), "generation": self.generation, "event": kind, **details})
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps({"time": time.time(), "generation": self.generation, "event": kind, **details}) + "\n"
+        with (self.path / "events.jsonl").open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line  # a full disk had cut the last one short
+            file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -181,8 +187,9 @@ class RunDirectory:
 
     def _refuse_if_alive(self, generation: int) -> None:
         claim = json.loads(self._claim_file(generation).read_text(encoding="utf-8"))
-        beat_file = self._heartbeat_file(generation)
-        beat = json.loads(beat_file.read_text(encoding="utf-8")) if beat_file.exists() else claim
+        beat = claim
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not yet there, or cut short with its host
+            beat = json.loads(self._heartbeat_file(generation).read_text(encoding="utf-8"))
         age = time.time() - beat["time"]
         if beat.get("ended") or age > STALE_SECONDS:
             return

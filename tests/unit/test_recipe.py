@@ -8,7 +8,7 @@ import pytest
 import yaml
 from recipe_samples import make_recipe, recipe_content
 
-from gpt.recipe import PROJECT_ROOT, Recipe, find_shipped_file, fork_recipe, load_recipe, parse_recipe, resolve_paths
+from gpt.recipe import PROJECT_ROOT, Recipe, find_shipped_file, fork_recipe, load_recipe, resolve_paths
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -298,8 +298,3 @@ def test_a_fork_starts_from_the_runs_weights_under_another_name(tmp_path: Path) 
 def test_a_fork_needs_a_good_name_of_its_own(name: str) -> None:
     with pytest.raises(ValueError, match=r"--fork needs a name other than|name: "):
         fork_recipe(make_recipe(), name)
-
-
-def test_a_stored_recipe_that_is_empty_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match=r"recipe stored\.yaml: .*dictionary"):
-        parse_recipe(None, "stored.yaml")  # type: ignore[arg-type]
