@@ -45,7 +45,9 @@ class MetricsWriter:
         path = run.path / "metrics.jsonl"
         _drop_lines_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
-        purge_step = resumed_step + 1 if any((run.path / "tensorboard").glob("events.*")) else None
+        # At step 0 are the texts, which a start from 0 writes anew. The first start too says that it purges:
+        # TensorBoard takes the first purge in a directory for its beginning, and ignores it.
+        purge_step = resumed_step + 1 if resumed_step else 0
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step, flush_secs=10)
         self._recent: deque[float] = deque([time.monotonic()], maxlen=21)
 
