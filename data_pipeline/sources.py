@@ -263,7 +263,6 @@ def _open_text(file: SourceFile, options: ReadOptions) -> tuple[io.TextIOWrapper
     raw.seek(0)
     encoding = codecs.lookup(options.encoding).name
     if encoding in ("utf-8", "utf-8-sig"):
-        encoding = "utf-8-sig"
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raw.close()
             raise ValueError(f"{file.path} begins with the byte-order mark of UTF-16: read it with --encoding utf-16")
@@ -275,7 +274,7 @@ def _open_text(file: SourceFile, options: ReadOptions) -> tuple[io.TextIOWrapper
         )
     text = io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline="")
     try:
-        # GB18030 and the UTF-16 variants with a fixed byte order keep the mark as a character.
+        # Only the plain utf-16 and utf-32 codecs take the mark away; elsewhere it comes as the first character.
         if text.read(1) != "\ufeff":
             text.seek(0)
     except UnicodeError:

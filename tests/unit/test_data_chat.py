@@ -80,6 +80,7 @@ REWRITES_HISTORY = PLAIN_TEMPLATE.replace(
     "message['content'] | trim + '<|im_end|>' -}}\n  {%- else",
     "('' if loop.last else '(earlier)') + message['content'] | trim + '<|im_end|>' -}}\n  {%- else",
 )
+OTHER_PROMPT = PLAIN_TEMPLATE.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant: '")
 ALL_MARKED = "{% generation %}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}{% endgeneration %}"
 
 
@@ -91,6 +92,7 @@ ALL_MARKED = "{% generation %}{% for m in messages %}{{ m['content'] + '<|im_end
         (CLOSING_OUTSIDE, r"does not mark the token '<\|im_end\|>' that closes"),
         (ONLY_LAST, "marks 1 answers of the assistant in a conversation that has 2"),
         (REWRITES_HISTORY, "differently when more follow"),
+        (OTHER_PROMPT, "differently when more follow"),
         (ALL_MARKED, r"marks 1 answers of the assistant in a conversation that has 2"),
         ("{{ raise_exception('no thanks') }}", r"refuses the conversation: no thanks"),
     ],

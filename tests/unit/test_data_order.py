@@ -98,6 +98,8 @@ def test_packing_is_best_fit_and_deterministic() -> None:
     packs = [table.documents[a:b].tolist() for a, b in zip(table.offsets, table.offsets[1:], strict=False)]
     assert packs == [[3, 0], [1, 2]]
     assert table.fill == 1.0
+    table = pack_best_fit(np.array([7, 8, 2]), 10)  # the 2 belongs with the 8, the fuller row, and not with the 7
+    assert [part.tolist() for part in np.split(table.documents, table.offsets[1:-1])] == [[1, 2], [0]]
 
 
 def test_packing_of_nothing_that_fits() -> None:
