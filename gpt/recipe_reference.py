@@ -1,0 +1,146 @@
+"""The recipe reference of README.md, made from the docstrings of `gpt.recipe`.
+
+`python -m gpt.recipe_reference` prints the Markdown; `--write` replaces the section of README.md by it.
+"""
+
+import argparse
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from gpt.recipe import PROJECT_ROOT, Recipe, Section
+
+BEGIN = "<!-- recipe reference: written by `python -m gpt.recipe_reference --write` -->"
+END = "<!-- end of the recipe reference -->"
+TYPE_NAMES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", dict: "mapping"}
+BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+"""Attributes of the constraints that pydantic keeps in a field's metadata."""
+
+
+def reference() -> str:
+    """The reference as Markdown: one table row for each field, in the order of the recipe.
+
+    Raises:
+        ValueError: fields without a docstring, all of them named.
+    """
+    fields = list(_fields(Recipe))
+    if undocumented := [path for path, field in fields if not field.description]:
+        raise ValueError(f"recipe fields without a docstring: {', '.join(undocumented)}; write one below each")
+    rows = [
+        f"| `{path}` | {_values(field)} | {_default(field)} | {_cell(field.description)} |" for path, field in fields
+    ]
+    return "\n".join(["| field | values | default | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+def replace_section(text: str, section: str) -> str:
+    """`text` with what stands between the two markers replaced.
+
+    Raises:
+        ValueError: the markers do not stand in `text` once each, the first one first.
+    """
+    before, found_begin, rest = text.partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not (found_begin and found_end) or text.count(BEGIN) + text.count(END) != 2:
+        raise ValueError(f"the text must hold the lines {BEGIN} and {END} once each, in this order: put them back")
+    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+
+
+def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted place, field) of every field; a section's own row stands before those of its fields."""
+    for name, field in section.model_fields.items():
+        place = f"{prefix}{name}"
+        yield place, field
+        inner = [kind for kind in _kinds(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+        for kind in inner:
+            yield from _fields(kind, f"{place}[]." if typing.get_origin(field.annotation) is list else f"{place}.")
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types of an annotation, with unions, lists and Annotated opened; a Literal stays whole."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, list):
+        for argument in typing.get_args(annotation):
+            yield from _kinds(argument)
+    elif origin is typing.Annotated:
+        yield from _kinds(typing.get_args(annotation)[0])
+    else:
+        yield annotation
+
+
+def _values(field: FieldInfo) -> str:
+    """What may be written, with its bounds: "whole number > 0 or null"."""
+    names, bounds = [], list(_bounds(field.metadata)) + list(_bounds_inside(field.annotation))
+    for kind in _kinds(field.annotation):
+        if typing.get_origin(kind) is typing.Literal:
+            names += [f"`{json.dumps(value) if isinstance(value, bool) else value}`" for value in typing.get_args(kind)]
+        elif kind is types.NoneType:
+            names.append("null")
+        elif isinstance(kind, type) and issubclass(kind, Section):
+            names.append("section")
+        else:
+            name = TYPE_NAMES[typing.get_origin(kind) or kind]
+            names.append(" ".join([name, ", ".join(dict.fromkeys(bounds))]).strip())
+    values = " or ".join(names)
+    if typing.get_origin(field.annotation) is not list:
+        return values
+    least, most = (_first(field.metadata, name) for name in ("min_length", "max_length"))
+    count = least if least == most else f"{least or 0} {f'to {most}' if most else 'or more'}"
+    return f"list of {count}: {values}"
+
+
+def _first(metadata: list[Any], name: str) -> int | None:
+    return next((value for entry in metadata if (value := getattr(entry, name, None)) is not None), None)
+
+
+def _bounds(metadata: list[Any]) -> Iterator[str]:
+    for entry in metadata:
+        for name, sign in BOUNDS.items():
+            if (bound := getattr(entry, name, None)) is not None:
+                yield f"{sign} {bound}"
+        if isinstance(entry, FieldInfo):
+            yield from _bounds(entry.metadata)
+
+
+def _bounds_inside(annotation: Any) -> Iterator[str]:
+    """Bounds of the members of a union or list; pydantic lifts only those of the whole field."""
+    for argument in typing.get_args(annotation):
+        if typing.get_origin(argument) is typing.Annotated:
+            yield from _bounds(list(argument.__metadata__))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory is not None:
+        return "see right"
+    if isinstance(field.default, BaseModel):
+        return ""
+    return f"`{_plain(field.default)}`"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cell(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+def main() -> None:
+    """Print the reference, or write it into README.md."""
+    parser = argparse.ArgumentParser(description="The recipe reference, from the docstrings of gpt/recipe.py.")
+    parser.add_argument("--write", action="store_true", help="replace the section of README.md")
+    if not parser.parse_args().write:
+        print(reference())
+        return
+    file = PROJECT_ROOT / "README.md"
+    file.write_text(replace_section(file.read_text(encoding="utf-8"), reference()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
