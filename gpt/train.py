@@ -75,7 +75,10 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
     deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)
-    return RunPlan(recipe, tokenizer, config, training, validation, batch, schedule, deepspeed, changes)
+    plan = RunPlan(recipe, tokenizer, config, training, validation, batch, schedule, deepspeed, changes)
+    if validation is not None:
+        sample_prompt(plan)  # refused here, not at the first evaluation
+    return plan
 
 
 def check(recipe: Recipe, world_size: int) -> None:
@@ -237,31 +240,37 @@ def _build_evaluation(plan: RunPlan) -> Callable[..., Any] | None:
 
     if plan.validation is None:
         return None
-    settings = plan.recipe.evaluate
+    settings, prompt = plan.recipe.evaluate, sample_prompt(plan)
+    room = plan.recipe.data.sequence_length + 1 - len(prompt)  # the last new token is not read: no position is exceeded
     return RunEvaluation(
         stream=plan.validation,
         batches=settings.batches,
         byte_lengths=token_byte_lengths(plan.tokenizer),
         tokenizer=plan.tokenizer,
-        sample_prompt_ids=sample_prompt(plan),
-        sample_tokens=min(settings.sample_tokens, plan.recipe.data.sequence_length),
+        sample_prompt_ids=prompt,
+        sample_tokens=min(settings.sample_tokens, room),
         end_ids=end_token_ids(plan.tokenizer),
     )
 
 
 def sample_prompt(plan: RunPlan) -> list[int]:
-    """Token ids of the prompt of the text sample."""
-    text, tokenizer = plan.recipe.evaluate.sample_prompt, plan.tokenizer
-    chat = plan.training.kind == "chat"
-    if text is not None and chat:
+    """Token ids of the prompt of the text sample: at most sequence_length. Raises ValueError for a longer one."""
+    text, tokenizer, length = plan.recipe.evaluate.sample_prompt, plan.tokenizer, plan.recipe.data.sequence_length
+    if text is None:
+        assert plan.validation is not None
+        rows = plan.validation.rows(np.zeros(1, np.uint64))
+        first_target = int(rows.target_mask[0].argmax())
+        return rows.input_ids[0, : first_target + 1 if plan.validation.kind == "chat" else 16].tolist()
+    if plan.training.kind == "chat":
         message = [{"role": "user", "content": text}]
-        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
-    if text is not None:
-        return list(tokenizer.encode(text))
-    assert plan.validation is not None
-    rows = plan.validation.rows(np.zeros(1, np.uint64))
-    first_target = int(rows.target_mask[0].argmax())
-    return rows.input_ids[0, : first_target + 1 if chat else 16].tolist()
+        ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+    else:
+        ids = list(tokenizer.encode(text))
+    if len(ids) > length:
+        raise ValueError(
+            f"evaluate.sample_prompt has {len(ids)} tokens, but data.sequence_length is {length}: shorten the prompt"
+        )
+    return ids
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

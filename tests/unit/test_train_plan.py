@@ -1,0 +1,204 @@
+"""What a run refuses before any process group exists, and what it plans: data, tokenizer, lengths, prompts."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from recipe_samples import PreparedData, make_recipe
+from transformers import AutoTokenizer
+
+from gpt.recipe import Recipe
+from gpt.train import _build_evaluation, check, end_token_ids, plan_run, sample_prompt, tied_names, total_steps
+
+
+def recipe_for(data: Path, runs: Path, changes: dict[str, Any] | None = None, without: tuple[str, ...] = ()) -> Recipe:
+    places = {
+        "tokenizer": str(data / "tokenizer"),
+        "data.train": [{"path": str(data / "train")}],
+        "data.validation": str(data / "validation"),
+        "runs_directory": str(runs),
+        "deepspeed": str(Path(__file__).parents[2] / "ds_configs" / "zero3.json"),
+    }
+    return make_recipe(places | (changes or {}), without)
+
+
+def refusal(recipe: Recipe, world_size: int = 2) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        check(recipe, world_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_good_recipe_is_planned_and_described(prepared_data: PreparedData, tmp_path: Path) -> None:
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path), world_size=2)
+    assert (plan.batch.accumulation_steps, plan.batch.rows_per_forward) == (2, 2)
+    assert plan.schedule.total_steps == 10
+    assert plan.deepspeed["train_batch_size"] == 8
+    assert plan.config.vocab_size == 300
+    assert plan.changes == []
+    text = "\n".join(plan.describe())
+    assert f"run: {tmp_path / 'small'}" in text
+    epochs = 10 * 8 / plan.training.samples_per_epoch
+    assert f"length: 10 steps of 256 tokens = 2,560 tokens, {epochs:.2f} epochs" in text
+    assert "last step" in text
+    assert not (tmp_path / "small").exists()  # a plan writes nothing
+
+
+@pytest.mark.parametrize("which", ["data.train", "data.validation"])
+def test_missing_and_empty_data_are_named(prepared_data: PreparedData, tmp_path: Path, which: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "missing", tmp_path / "empty"):
+        value: Any = [{"path": str(folder)}] if which == "data.train" else str(folder)
+        assert str(folder) in refusal(recipe_for(prepared_data.text, tmp_path, {which: value}))
+
+
+def test_a_missing_tokenizer_is_named(prepared_data: PreparedData, tmp_path: Path) -> None:
+    message = refusal(recipe_for(prepared_data.text, tmp_path, {"tokenizer": "organisation/name"}))
+    assert "there is no tokenizer folder organisation/name" in message
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "data.validation"])
+def test_data_of_another_tokenizer_is_refused(prepared_data: PreparedData, tmp_path: Path, which: str) -> None:
+    value = prepared_data.other / ("tokenizer" if which == "tokenizer" else "validation")
+    recipe = recipe_for(prepared_data.text, tmp_path, {which: str(value)})
+    message = refusal(recipe)
+    named = "data.train" if which == "tokenizer" else "data.validation"
+    assert f"{named} was prepared with another tokenizer than {recipe.tokenizer}" in message
+
+
+def test_a_tokenizer_that_changed_since_is_refused(prepared_data: PreparedData, tmp_path: Path) -> None:
+    shutil.copytree(prepared_data.text / "tokenizer", tmp_path / "tokenizer")
+    recipe = recipe_for(prepared_data.text, tmp_path, {"tokenizer": str(tmp_path / "tokenizer")})
+    check(recipe, 2)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert "or that one changed since" in refusal(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.sequence_length": 128}, "data.sequence_length is 128, but the model has only 64 positions"),
+        ({"model.config.vocab_size": 1000}, "model.config.vocab_size is 1000, but the tokenizer has 300 tokens"),
+        ({"optimizer.warmup_steps": 10}, "optimizer.warmup_steps is 10, but the whole run has 10 steps"),
+        ({"deepspeed": "nowhere.json"}, "DeepSpeed file nowhere.json does not exist"),
+        ({"evaluate.sample_prompt": "the king " * 40}, "tokens, but data.sequence_length is 32: shorten the prompt"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    prepared_data: PreparedData, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    assert said in refusal(recipe_for(prepared_data.text, tmp_path, changes))
+
+
+def test_more_processes_than_sequences_are_refused(prepared_data: PreparedData, tmp_path: Path) -> None:
+    recipe = recipe_for(prepared_data.text, tmp_path)
+    check(recipe, 8)
+    assert "9 processes but only 8 sequences in a global batch" in refusal(recipe, 9)
+
+
+def test_a_run_directory_of_another_recipe_is_refused(prepared_data: PreparedData, tmp_path: Path) -> None:
+    stored = recipe_for(prepared_data.text, tmp_path)
+    stored.run_directory().mkdir()
+    (stored.run_directory() / "recipe.yaml").write_text(yaml.safe_dump(stored.model_dump()), encoding="utf-8")
+    assert plan_run(stored, 2).changes == []
+    message = refusal(recipe_for(prepared_data.text, tmp_path, {"train.seed": 3}))
+    assert f"run directory {tmp_path / 'small'} belongs to another recipe: train.seed: 0 -> 3" in message
+    longer = plan_run(recipe_for(prepared_data.text, tmp_path, {"train.steps": 20}), 2)
+    assert longer.changes == ["train.steps: 10 -> 20"]
+    assert longer.describe()[-1] == "changed since the run began: train.steps: 10 -> 20"
+
+
+@pytest.mark.parametrize(
+    ("length", "samples", "expected"),
+    [
+        ({"tokens": 2560}, 1, 10),
+        ({"tokens": 2561}, 1, 11),
+        ({"tokens": 1}, 1, 1),
+        ({"epochs": 1}, 80, 10),
+        ({"epochs": 1}, 81, 11),
+        ({"epochs": 1.5}, 80, 15),
+        ({"epochs": 0.01}, 80, 1),
+        ({"epochs": 0.1}, 240, 3),
+        ({"epochs": 0.3}, 80, 3),
+        ({"epochs": 1.1}, 80, 11),  # 11.000000000000002
+        ({"steps": 7}, 1, 7),
+    ],
+)
+def test_lengths_become_whole_steps_rounded_up(length: dict[str, Any], samples: int, expected: int) -> None:
+    """Of 8 sequences of 32 tokens each."""
+    recipe = make_recipe({f"train.{k}": v for k, v in length.items()}, () if "steps" in length else ("train.steps",))
+    assert total_steps(recipe, samples) == expected
+
+
+# The text sample
+
+
+def test_the_default_prompt_of_text_is_its_first_16_tokens(prepared_data: PreparedData, tmp_path: Path) -> None:
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path), 1)
+    prompt = sample_prompt(plan)
+    assert len(prompt) == 16
+    kept = (prepared_data.text.parent / "validation.txt").read_text(encoding="utf-8")
+    assert kept.startswith(plan.tokenizer.decode(prompt))
+
+
+def test_a_given_prompt_is_encoded_as_text(prepared_data: PreparedData, tmp_path: Path) -> None:
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path, {"evaluate.sample_prompt": "The king and"}), 1)
+    assert plan.tokenizer.decode(sample_prompt(plan)) == "The king and"
+
+
+def test_a_prompt_for_chat_data_is_a_users_message(prepared_data: PreparedData, tmp_path: Path) -> None:
+    wide = {"data.sequence_length": 64, "evaluate.sample_prompt": "Who?"}
+    plan = plan_run(recipe_for(prepared_data.chat, tmp_path, wide), 1)
+    asked = plan.tokenizer.decode(sample_prompt(plan))
+    assert asked == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("trained_on", ["chat", "text"])
+def test_the_default_prompt_of_chat_data_is_its_first_message(
+    prepared_data: PreparedData, tmp_path: Path, trained_on: str
+) -> None:
+    train = getattr(prepared_data, trained_on) / "train"
+    changes = {"data.sequence_length": 64, "data.train": [{"path": str(train)}]}
+    plan = plan_run(recipe_for(prepared_data.chat, tmp_path, changes), 1)
+    asked = plan.tokenizer.decode(sample_prompt(plan))
+    assert asked.startswith("<|im_start|>user\n")
+    assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert asked.count("<|im_start|>") == 2
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(5, 5), (0, 0), (64, 17), (17, 17), (18, 17)])
+def test_prompt_and_sample_stay_within_a_sequence(
+    prepared_data: PreparedData, tmp_path: Path, wanted: int, expected: int
+) -> None:
+    """16 tokens of prompt and 17 new ones, of which the last is not read again: 32 positions."""
+    evaluation: Any = _build_evaluation(
+        plan_run(recipe_for(prepared_data.text, tmp_path, {"evaluate.sample_tokens": wanted}), 1)
+    )
+    assert len(evaluation.sample_prompt_ids) == 16
+    assert evaluation.sample_tokens == expected
+    assert isinstance(evaluation.byte_lengths, np.ndarray)
+
+
+def test_without_validation_data_there_is_no_evaluation(prepared_data: PreparedData, tmp_path: Path) -> None:
+    assert _build_evaluation(plan_run(recipe_for(prepared_data.text, tmp_path, {"data.validation": None}), 1)) is None
+
+
+def test_a_text_ends_with_the_end_token_and_a_turn_where_the_template_has_one(prepared_data: PreparedData) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(prepared_data.text / "tokenizer")
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "<|im_end|>", "<|pad|>")}
+    assert end_token_ids(tokenizer) == {ids["<|endoftext|>"], ids["<|im_end|>"]}
+    tokenizer.chat_template = None
+    assert end_token_ids(tokenizer) == {ids["<|endoftext|>"]}
+    tokenizer.eos_token = None
+    assert end_token_ids(tokenizer) == frozenset()
+
+
+def test_tied_parameters_are_named_after_the_one_that_is_kept() -> None:
+    from small_checkpoint import make_model
+
+    assert tied_names(make_model()) == {}
+    assert tied_names(make_model(tie_word_embeddings=True)) == {"lm_head.weight": "model.embed_tokens.weight"}
