@@ -124,8 +124,9 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of this process on square matrix products of the training dtype: the best of 1024 and 2048, each over at
     least 0.15 s. All ranks measure at once, as they compute at once."""
     best = 0.0
+    generator = torch.Generator(device).manual_seed(0)  # its own: the state of training's is part of a checkpoint
     for size in (1024, 2048):
-        a = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
+        a = torch.randn(size, size, device=device, dtype=torch.float32, generator=generator).to(dtype)
         _matmul(a, device)
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < 0.15:

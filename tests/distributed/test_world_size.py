@@ -1,0 +1,49 @@
+"""The same recipe at 1, 2 and 3 ranks: the same samples, and losses equal within rounding."""
+
+import math
+
+import pytest
+from conftest import Runs
+
+TOLERANCE = 1e-3
+"""bf16 products are rounded at other places when rows lie in other forwards; seen: below 2e-4 over these steps."""
+
+LONG = {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 50, "seed": 3}
+
+
+def test_ranks_give_equal_losses(runs: Runs) -> None:
+    """8 sequences a batch: 3 ranks get 3, 3 and 2, with one row of padding."""
+    for ranks in (1, 2, 3):
+        done = runs.train(f"ranks-{ranks}", processes=ranks, train=LONG)
+        assert ("11.1%" in done.stdout) == (ranks == 3)
+    alone = runs.metrics("ranks-1")
+    assert len(alone) == 50
+    assert alone[50]["train/loss"] < 0.8 * alone[1]["train/loss"], "nothing was learnt, so equality says little"
+    for ranks in (2, 3):
+        records = runs.metrics(f"ranks-{ranks}")
+        for step, record in records.items():
+            assert record["sample_digest"] == alone[step]["sample_digest"]
+            assert record["train/target_tokens"] == alone[step]["train/target_tokens"]
+            assert record["train/loss"] == pytest.approx(alone[step]["train/loss"], abs=TOLERANCE), f"step {step}"
+            if "evaluate/loss" in record:
+                assert record["evaluate/loss"] == pytest.approx(alone[step]["evaluate/loss"], abs=TOLERANCE)
+
+
+def test_first_loss_is_that_of_a_uniform_guess(reference: Runs) -> None:
+    assert reference.metrics("reference")[1]["train/loss"] == pytest.approx(math.log(600), rel=0.05)
+
+
+def test_checkpoint_goes_on_at_another_world_size(reference: Runs) -> None:
+    """2 ranks for 10 steps, then 1, then 3: the global batches stay, the losses stay within rounding."""
+    reference.train("elastic", train={"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 20, "seed": 3})
+    expected = reference.metrics("reference")
+    checkpoints = reference.directory("elastic") / "checkpoints"
+    for ranks in (1, 3):
+        newest = sorted(checkpoints.iterdir())[-1]
+        newest.rename(newest.with_name("set-aside"))
+        done = reference.train("elastic", processes=ranks)
+        assert "resumed at step 10, written by 2 ranks" in done.stdout
+        (checkpoints / "set-aside").rename(reference.folder / f"set-aside-{ranks}")
+        for step, record in reference.metrics("elastic").items():
+            assert record["sample_digest"] == expected[step]["sample_digest"]
+            assert record["train/loss"] == pytest.approx(expected[step]["train/loss"], abs=TOLERANCE), f"step {step}"

@@ -1,0 +1,114 @@
+"""One rank of the real engine and Trainer on made-up ragged data; rank 0 saves what a test compares.
+
+Run by torchrun: `engine_worker.py OUT.pt MICRO_BATCH_SEQUENCES`. Rows are those of `ragged_rows`, 8 sequences a step.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from transformers import AutoConfig
+
+from gpt import distributed
+from gpt.batch import plan_batch
+from gpt.deepspeed_config import build_deepspeed_config
+from gpt.model import build_model, decoder_layers
+from gpt.optimizer import Schedule, build_optimizer
+from gpt.recipe import PROJECT_ROOT, parse_recipe
+from gpt.trainer import BatchSource, Trainer
+
+SEQUENCES, TOKENS, VOCABULARY, STEPS = 8, 16, 97, 3
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 70,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+RECIPE: dict[str, Any] = {
+    "name": "numerics",
+    "model": {"config": MODEL},
+    "tokenizer": "none",
+    "data": {"train": [{"path": "none"}], "sequence_length": TOKENS},
+    "train": {"global_batch_tokens": SEQUENCES * TOKENS, "micro_batch_sequences": 2, "steps": STEPS, "seed": 5},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1, "gradient_clip_norm": 0.5, "epsilon": 1e-5},
+    "precision": "fp32",
+    "deepspeed": str(PROJECT_ROOT / "ds_configs" / "zero3.json"),
+}
+
+
+def ragged_rows(positions: np.ndarray) -> Any:
+    """Rows that are a function of their position: the share of counted targets goes from 1 of 16 to all of them, and
+    each row holds two documents."""
+    count = len(positions)
+    tokens = np.stack([np.random.default_rng(int(p)).integers(0, VOCABULARY, TOKENS + 1) for p in positions])
+    mask = np.arange(TOKENS)[None] < (1 + 15 * (positions.astype(np.int64) % SEQUENCES) // (SEQUENCES - 1))[:, None]
+    position_ids = np.tile(np.concatenate([np.arange(6), np.arange(TOKENS - 6)]), (count, 1))
+    return SimpleNamespace(input_ids=tokens[:, :-1], targets=tokens[:, 1:], position_ids=position_ids, target_mask=mask)
+
+
+class RaggedStream:
+    def sample_ids(self, start: int, count: int) -> np.ndarray:
+        return np.arange(start, start + count, dtype=np.uint64)
+
+    def rows(self, positions: np.ndarray) -> Any:
+        return ragged_rows(positions)
+
+
+def main(out: Path, micro_batch_sequences: int) -> None:
+    ranks = distributed.start()
+    section = {**RECIPE["train"], "micro_batch_sequences": micro_batch_sequences}
+    recipe = parse_recipe({**RECIPE, "train": section}, "of the test")
+    batch = plan_batch(SEQUENCES, micro_batch_sequences, ranks.world_size)
+    config = AutoConfig.for_model(**MODEL)
+    settings = build_deepspeed_config(recipe, batch, config.hidden_size)
+    keep_alive = distributed.zero_config(settings)
+    model = build_model(recipe.model, config, recipe.precision, recipe.train.seed, keep_alive)
+    distributed.mark_leaf_modules(model, decoder_layers(model))
+    engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), settings)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {n: safe_get_full_fp32_param(p).clone().reshape(p.ds_shape) for n, p in model.named_parameters()}
+
+    result: dict[str, Any] = {"initial": weights(), "loss": [], "norm": [], "weights": []}
+    plain_step = engine.step
+
+    def step_and_look() -> None:
+        if engine.is_gradient_accumulation_boundary() and "gradient" not in result:
+            result["gradient"] = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()}
+        plain_step()
+
+    engine.step = step_and_look
+    trainer = Trainer(
+        recipe=recipe,
+        run=out.parent,
+        owner=None,
+        metrics=None,
+        engine=engine,
+        ranks=ranks,
+        batches=BatchSource(RaggedStream(), batch, ranks),
+        batch=batch,
+        schedule=Schedule(recipe.optimizer, STEPS),
+        evaluate=None,
+        save=lambda *_: None,  # type: ignore[arg-type,return-value]
+    )
+    for step in range(1, STEPS + 1):
+        record = trainer.train_step(step)
+        result["loss"].append(record.get("train/loss"))
+        result["norm"].append(record.get("train/gradient_norm"))
+        result["weights"].append(weights())
+    if ranks.is_first:
+        torch.save(result, out)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,108 @@
+"""The engine's gradient, loss and AdamW steps against plain transformers and torch on one big batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_worker import MODEL, RECIPE, SEQUENCES, STEPS, ragged_rows
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from gpt.optimizer import Schedule
+from gpt.recipe import PROJECT_ROOT, parse_recipe
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+SPLITS = [(1, 8), (1, 3), (2, 2), (3, 2)]
+"""(ranks, micro-batch sequences): one big forward; 3 uneven ones; 2 ranks x 2; 3 ranks with padding."""
+
+
+@pytest.fixture(scope="module")
+def engine_results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("numerics")
+    results = {}
+    for ranks, micro in SPLITS:
+        out = folder / f"{ranks}-{micro}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run(
+            [*command, str(WORKER), str(out), str(micro)],
+            env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        results[ranks, micro] = torch.load(out)
+    return results
+
+
+def plain_model(weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL), dtype=torch.float32)
+    model.load_state_dict(weights)
+    return model
+
+
+def big_batch_loss(model: PreTrainedModel, step: int) -> torch.Tensor:
+    """Mean loss over the counted targets of a whole global batch, in one forward."""
+    rows = ragged_rows(np.arange((step - 1) * SEQUENCES, step * SEQUENCES))
+    logits = model(
+        input_ids=torch.from_numpy(rows.input_ids), position_ids=torch.from_numpy(rows.position_ids), use_cache=False
+    ).logits
+    targets = torch.from_numpy(np.where(rows.target_mask, rows.targets, -100))
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_gradient_equals_one_big_batch(engine_results: Any, split: tuple[int, int]) -> None:
+    """fp32 sums in another order: 1e-5 of the largest element is some ten units in the last place."""
+    result = engine_results[split]
+    model = plain_model(result["initial"])
+    loss = big_batch_loss(model, 1)
+    loss.backward()
+    assert result["loss"][0] == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        difference = (result["gradient"][name] - parameter.grad).abs().max()
+        assert difference <= 1e-5 * parameter.grad.abs().max(), name
+
+
+def test_initial_weights_do_not_depend_on_the_world_size(engine_results: Any) -> None:
+    first = engine_results[SPLITS[0]]["initial"]
+    assert first["model.embed_tokens.weight"].std() == pytest.approx(0.02, rel=0.1)  # transformers' init, not torch's
+    for split in SPLITS[1:]:
+        for name, value in engine_results[split]["initial"].items():
+            assert torch.equal(value, first[name]), f"{name} differs at {split}"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_steps_equal_torch_adamw_with_clipping(engine_results: Any, split: tuple[int, int]) -> None:
+    """Three steps of torch's plain AdamW with decay groups written out by hand, clipped, on the recipe's schedule.
+
+    Adam divides a gradient by its own size, which shows the rounding of gradients near epsilon in full: hence a large
+    epsilon here, and a bound of 1e-3 of the distance that the weights moved.
+    """
+    result = engine_results[split]
+    settings = parse_recipe(RECIPE, "of the test").optimizer
+    model = plain_model(result["initial"])
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-5, fused=False)
+    for step in range(1, STEPS + 1):
+        loss = big_batch_loss(model, step)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = Schedule(settings, STEPS).learning_rate(step)
+        optimizer.step()
+        assert result["loss"][step - 1] == pytest.approx(loss.item(), rel=1e-5)
+        assert result["norm"][step - 1] == pytest.approx(norm.item(), rel=1e-4)
+        assert norm > 0.5, "the clipping did nothing, so it was not tested"
+        for name, parameter in model.named_parameters():
+            moved = (parameter - result["initial"][name]).abs().max()
+            difference = (result["weights"][step - 1][name] - parameter).abs().max()
+            assert difference <= 1e-3 * moved, f"{name} after step {step}"
