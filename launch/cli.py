@@ -61,12 +61,13 @@ def _answer(as_json: bool) -> Iterator[Callable[[Any], None]]:
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with an ETA on stderr; gives the function to call with (done, total) in bytes."""
+def _progress(what: str, in_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with an ETA on stderr; gives the function to call with (done, total)."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    amount = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn(what), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -165,7 +166,10 @@ def train(
 def evaluate(
     source: Annotated[Path, typer.Argument(help="Run directory or model folder.")],
     data: Annotated[Path, typer.Option(help="Folder of token shards, or a text file.")],
-    batches: Annotated[int | None, typer.Option(help="Only so many batches; default: all.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Only the first so many; default: all.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a window; default: the run's, which an export remembers.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of a text file.")] = "utf-8",
     as_json: AsJson = False,
 ) -> None:
@@ -176,7 +180,8 @@ def evaluate(
     from gpt.evaluate import evaluate_path
 
     with _answer(as_json) as answer:
-        result = evaluate_path(source, data, batches=batches, text_encoding=encoding)
+        with _progress("evaluate", in_bytes=False) as progress:
+            result = evaluate_path(source, data, batches=batches, text_encoding=encoding, progress=progress)
         answer(result)
         if not as_json:
             _print_values(result)
