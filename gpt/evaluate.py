@@ -121,7 +121,7 @@ def evaluate_path(
     source: Path,
     data: Path,
     *,
-    batches: int | None = None,
+    sequences: int | None = None,
     sequence_length: int | None = None,
     text_encoding: str = "utf-8",
     progress: Callable[[int, int], None] | None = None,
@@ -130,7 +130,7 @@ def evaluate_path(
 
     Args:
         data: a folder of token shards, or a UTF-8 text file, which is tokenised with the model's tokenizer.
-        batches: forwards of 8 sequences; None: all.
+        sequences: only the first so many; None: all.
         sequence_length: tokens of a window; None: the run's, else the model's positions but at most 2048.
 
     Raises:
@@ -150,9 +150,7 @@ def evaluate_path(
             return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
         byte_lengths = token_byte_lengths(tokenizer)
-        samples = stream.number_of_samples
-        if batches is not None:
-            samples = min(samples, batches * FOLDER_ROWS_PER_FORWARD)
+        samples = min(stream.number_of_samples, sequences or stream.number_of_samples)
         sums = np.zeros(4)
         for start in range(0, samples, FOLDER_ROWS_PER_FORWARD):
             indices = np.arange(start, min(start + FOLDER_ROWS_PER_FORWARD, samples), dtype=np.uint64)

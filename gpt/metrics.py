@@ -1,5 +1,6 @@
 """One record a step: metrics.jsonl, TensorBoard and the console, from rank 0."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,8 +9,10 @@ import shutil
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -96,18 +99,25 @@ class MetricsWriter:
         return "  ".join([*parts, f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"])
 
 
+def steps_after(path: Path, step: int) -> int:
+    """Steps that metrics.jsonl holds beyond `step`: the work that a resume there does again."""
+    if not path.exists():
+        return 0
+    return sum(1 for record in _records(path) if record["step"] > step)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; one that a kill cut short is left out, since its step is done again."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`; what a later start rewrites, or a kill cut short, goes."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a line that the kill cut short: its step is done again
-        if record["step"] <= step:
-            kept.append(line + "\n")
+    kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)

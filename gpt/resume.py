@@ -14,6 +14,7 @@ from gpt.checkpoint.probe import check_probe
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
 from gpt.checkpoint.write import Written, save_checkpoint
 from gpt.distributed import Ranks, ShardedState
+from gpt.metrics import steps_after
 from gpt.model import DTYPES, is_run_directory
 from gpt.run_directory import RunDirectory, package_versions
 
@@ -91,7 +92,10 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
     engine.skipped_steps = manifest.skipped_steps
     line = _check(loaded, engine, ranks, recipe.precision)
     if owner is not None:
-        owner.write_event("resume", step=manifest.step, from_world_size=manifest.world_size, proof=line)
+        lost = steps_after(owner.path / "metrics.jsonl", manifest.step)
+        owner.write_event(
+            "resume", step=manifest.step, steps_lost=lost, from_world_size=manifest.world_size, proof=line
+        )
         print(f"resumed at step {manifest.step}, written by {manifest.world_size} ranks. {line}", flush=True)
     return manifest.step
 

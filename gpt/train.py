@@ -200,6 +200,8 @@ def _run_claimed(recipe: Recipe, ranks: Any, owner: Any, generation: int) -> Non
         first_step=resumed + 1,
         restarts=generation - 1,
     )
+    if owner is not None and resumed >= plan.schedule.total_steps:
+        print(f"nothing is left to do: the run ended at step {resumed}", flush=True)
     trainer.fit()
     if owner is not None and metrics is not None:
         metrics.close()

@@ -181,7 +181,14 @@ def evaluate(
 
     with _answer(as_json) as answer:
         with _progress("evaluate", in_bytes=False) as progress:
-            result = evaluate_path(source, data, batches=batches, text_encoding=encoding, progress=progress)
+            result = evaluate_path(
+                source,
+                data,
+                sequences=sequences,
+                sequence_length=sequence_length,
+                text_encoding=encoding,
+                progress=progress,
+            )
         answer(result)
         if not as_json:
             _print_values(result)
