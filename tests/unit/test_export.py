@@ -18,7 +18,7 @@ from gpt.checkpoint.files import VerifiedFile, hash_file
 from gpt.checkpoint.format import FileEntry, read_manifest, write_manifest
 from gpt.checkpoint.read import CheckpointReader, empty_model
 from gpt.export import end_tokens, expected_of, export_run, plan_tensors, run_tokenizer
-from gpt.export_gate import check_folder, logit_tolerance
+from gpt.export_gate import _check_logits, check_folder, logit_tolerance
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "bf16", {}),
@@ -271,6 +271,8 @@ def test_greedy_text_may_differ_only_at_a_tie(good_export: tuple[Path, dict[str,
     ids = torch.tensor([greedy["prompt_ids"]])
     with torch.no_grad():
         first = model(input_ids=ids, use_cache=False).logits[0, -1]
+    none = check_folder(folder, expected | {"probe": expected["probe"] | {"greedy": None}})
+    assert none["passed"] and "not compared" in next(c for c in none["checks"] if c["check"] == "greedy")["sentence"]
     worst = int(first.argmin())
     wrong = expected | {"probe": expected["probe"] | {"greedy": greedy | {"new_ids": [worst]}}}
     assert failed_checks(folder, wrong) == {"greedy"}
@@ -280,6 +282,22 @@ def test_greedy_text_may_differ_only_at_a_tie(good_export: tuple[Path, dict[str,
     tolerance = logit_tolerance(max(abs(v) for row in expected["probe"]["top_logits"] for v in row), "bf16", "bf16", 2)
     tied = expected | {"probe": expected["probe"] | {"greedy": greedy | {"new_ids": [second]}}}
     assert ("greedy" in failed_checks(folder, tied)) == (gap > tolerance)
+
+
+def test_every_recorded_logit_must_be_met_and_no_other_may_lie_above() -> None:
+    """Each of the three ways to be wrong alone, so that one cannot hide behind another."""
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0], [1.0, 5.0, 4.0, 0.0]])
+    probe = {"positions": [0, 1], "top_indices": [[0, 1], [1, 2]], "top_logits": [[5.0, 4.0], [5.0, 4.0]]}
+
+    def passes(row: int, token: int, change: float) -> bool:
+        changed = logits.clone()
+        changed[row, token] += change
+        return bool(_check_logits(changed, probe, 0.5)["passed"])
+
+    assert passes(0, 0, 0.0) and passes(0, 0, 0.5)
+    assert not passes(0, 0, 0.6), "a recorded one, the order unchanged"
+    assert passes(1, 0, 3.4) and not passes(1, 0, 3.6), "one outside the recorded, at 4.6 above the lowest of 4"
+    assert not passes(0, 3, float("nan"))
 
 
 def test_tolerances() -> None:

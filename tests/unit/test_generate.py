@@ -84,13 +84,12 @@ def test_sampling_depends_on_the_seed_and_on_no_other_prompt(text_folder: Path) 
 
 
 def test_sampling_can_reach_every_token(text_folder: Path) -> None:
-    """At a huge temperature tokens are uniform: transformers' default of the 50 best would give at most 50 of 260."""
-    seen: set[int] = set()
+    """At a huge temperature the first token is uniform over 260, not one of the 50 best (the default of transformers)."""
     model, tokenizer = module.load(text_folder)
-    settings = module._sampling(100, 1e6, 1.0)
-    for _ in range(4):
-        seen |= set(module._continue(model, tokenizer("x")["input_ids"], settings | {"eos_token_id": 256}))
-    assert len(seen) > 60
+    settings = module._sampling(1, 1e6, 1.0)
+    torch.manual_seed(0)
+    seen = {module._continue(model, tokenizer("x")["input_ids"], settings)[0] for _ in range(150)}
+    assert len(seen) > 80
 
 
 def test_a_chat_folder_gets_the_prompt_as_a_message(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +144,10 @@ def test_chat_remembers_until_reset(
 def test_chat_drops_the_oldest_turns_when_positions_run_out(
     chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Scripted(monkeypatch, chat_folder, ["x", "y" * 20, "z" * 20])
-    printed = talk(monkeypatch, capsys, chat_folder, ["first", "q" * 200, "2nd", "third"], max_new_tokens=40)
+    script = Scripted(monkeypatch, chat_folder, ["x", "y" * 20, "z" * 20, "w"])
+    printed = talk(monkeypatch, capsys, chat_folder, ["first", "q" * 200, "2nd", "third", "fourth"], max_new_tokens=40)
     assert "model has 128 positions; shorten the prompt" in printed, "the message that cannot fit is refused"
-    assert "(The 2 oldest turns are dropped: the model has 128 positions.)" in printed
+    assert printed.count("(The 2 oldest turns are dropped: the model has 128 positions.)") == 2, "not those of before"
     assert "first" in script.prompts[1] and "qqq" not in script.prompts[1]
     assert "first" not in script.prompts[2] and "2nd" in script.prompts[2] and "third" in script.prompts[2]
 
