@@ -84,7 +84,7 @@ def test_sampling_depends_on_the_seed_and_on_no_other_prompt(text_folder: Path) 
 
 
 def test_sampling_can_reach_every_token(text_folder: Path) -> None:
-    """At a huge temperature the first token is uniform over 260, not one of the 50 best (the default of transformers)."""
+    """At a huge temperature the first token is uniform over 260; by default transformers takes one of the 50 best."""
     model, tokenizer = module.load(text_folder)
     settings = module._sampling(1, 1e6, 1.0)
     torch.manual_seed(0)
