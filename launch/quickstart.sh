@@ -14,13 +14,13 @@ say() { printf '\n== %s\n' "$1"; }
 # Only what an earlier quickstart made is removed.
 rm -rf runs/quickstart-pretrain runs/quickstart-chat exports/quickstart-chat exports/quickstart-chat.failed
 
-say "Prepare ten plays of Shakespeare; two more are kept for validation"
+say "Prepare 14 plays of Shakespeare; two more are kept for validation"
 "$trainyard" prepare --input data_pipeline/embedded/shakespeare/train \
   --validation-input data_pipeline/embedded/shakespeare/validation --train-tokenizer 4096 --out data/quickstart/shakespeare
 
 say "Prepare conversations with the same tokenizer"
 "$trainyard" prepare --input data_pipeline/embedded/chat/english.jsonl --format chat \
-  --tokenizer data/quickstart/shakespeare/tokenizer --validation-fraction 0 --out data/quickstart/chat
+  --tokenizer data/quickstart/shakespeare/tokenizer --validation-fraction 0.05 --out data/quickstart/chat
 
 say "Pretrain on Shakespeare (about 2 minutes)"
 "$trainyard" train launch/recipes/quickstart_pretrain.yaml --processes 2
