@@ -18,8 +18,10 @@ say "Prepare 14 plays of Shakespeare; two more are kept for validation"
 "$trainyard" prepare --input data_pipeline/embedded/shakespeare/train \
   --validation-input data_pipeline/embedded/shakespeare/validation --train-tokenizer 4096 --out data/quickstart/shakespeare
 
-say "Prepare conversations with the same tokenizer"
-"$trainyard" prepare --input data_pipeline/embedded/chat/english.jsonl --format chat \
+say "Prepare conversations with the same tokenizer: six topics of the corpus, as many as a minute can teach"
+chat=data_pipeline/embedded/chat/english
+"$trainyard" prepare --input $chat/ai.jsonl --input $chat/botprofile.jsonl --input $chat/food.jsonl \
+  --input $chat/greetings.jsonl --input $chat/humor.jsonl --input $chat/psychology.jsonl --format chat \
   --tokenizer data/quickstart/shakespeare/tokenizer --validation-fraction 0.05 --out data/quickstart/chat
 
 say "Pretrain on Shakespeare (about 2 minutes)"
@@ -35,7 +37,8 @@ say "Export the chat model to a Hugging Face folder, reloaded and compared"
 "$trainyard" export runs/quickstart-chat --out exports/quickstart-chat
 
 say "Ask it"
-"$trainyard" generate exports/quickstart-chat --prompt "What is AI?" --prompt "Are you a robot?" --prompt "Tell me a joke"
+"$trainyard" generate exports/quickstart-chat --prompt "What is AI?" --prompt "Are you sentient?" \
+  --prompt "What is your favorite programming language"
 
 cat <<END
 

@@ -36,7 +36,8 @@ def _masked_text(tokenizer: Any, ids: list[int], mask: list[bool]) -> list[str]:
 def _embedded_conversations() -> list[list[dict[str, str]]]:
     import json
 
-    lines = (EMBEDDED / "chat" / "english.jsonl").read_text(encoding="utf-8").splitlines()
+    files = sorted((EMBEDDED / "chat" / "english").glob("*.jsonl"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [json.loads(line)["messages"] for line in lines[::20]]
 
 

@@ -21,7 +21,8 @@ from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 ROWS = [f"{number}: {line}" for number, line in enumerate(macbeth().splitlines()) if line][:600]
-CHAT = EMBEDDED / "chat" / "english.jsonl"
+CHAT = EMBEDDED / "chat" / "english"
+CHAT_LINES = [x for file in sorted(CHAT.glob("*.jsonl")) for x in file.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_chat_shards_hold_rendered_conversations_and_masks(tmp_path: Path, token
     report = prepare(_options(CHAT, tmp_path / "out", tokenizer_folder, validation_fraction=0))
     assert report["kind"] == "chat"
     shards = TokenShards(tmp_path / "out" / "train")
-    lines = CHAT.read_text(encoding="utf-8").splitlines()
+    lines = CHAT_LINES
     assert shards.documents == len(lines)
     for index in (0, 7, len(lines) - 1):
         start, length = int(shards.document_starts[index]), int(shards.document_lengths[index])
@@ -290,13 +291,13 @@ def test_options_that_cannot_be(tmp_path: Path, tokenizer_folder: Path) -> None:
 
 def test_embedded_data_is_what_its_notice_says() -> None:
     notice = (EMBEDDED / "NOTICE.md").read_text(encoding="utf-8")
-    for split, plays in (("train", 10), ("validation", 2)):
+    for split, plays in (("train", 14), ("validation", 2)):
         files = sorted((EMBEDDED / "shakespeare" / split).glob("*.txt"))
         contents = [file.read_bytes() for file in files]
         assert len(files) == plays
         assert f"{sum(map(len, contents)):,} bytes" in notice
         assert not any(set(b"*_#\\\r\t") & set(content) or not content.isascii() for content in contents)
-    conversations = [json.loads(line)["messages"] for line in CHAT.read_text(encoding="utf-8").splitlines()]
+    conversations = [json.loads(line)["messages"] for line in CHAT_LINES]
     assert f"{len(conversations)} conversations, {sum(map(len, conversations)):,} turns" in notice
     for messages in conversations:
         assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
