@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT2_WITH_DROPOUT, Runs, comparable
+from live_runs import GPT2_WITH_DROPOUT, Runs, comparable
 
 from gpt.checkpoint.read import open_checkpoint
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from conftest import Runs
+from live_runs import Runs
 
 TOLERANCE = 1e-3
 """bf16 products are rounded at other places when rows lie in other forwards; seen: below 2e-4 over these steps."""

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import EMBEDDED, Shop
+from shop import EMBEDDED, Shop
 from transformers import AutoTokenizer
 
 MODEL = {

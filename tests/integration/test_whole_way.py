@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EMBEDDED, Shop
+from shop import EMBEDDED, Shop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 MODEL = {

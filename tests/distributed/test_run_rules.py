@@ -1,6 +1,6 @@
 """One writer, and what may change when a run goes on, with real runs."""
 
-from conftest import Runs
+from live_runs import Runs
 
 
 def test_second_start_is_refused_while_the_first_is_alive(runs: Runs) -> None:

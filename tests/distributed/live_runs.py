@@ -1,0 +1,141 @@
+"""Runs of the real thing: `trainyard train` with real processes, on a tiny model and a small corpus."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[2]
+PLAYS = PROJECT / "data_pipeline" / "embedded" / "shakespeare"
+CLI = (sys.executable, "-m", "launch.cli")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+GPT2_WITH_DROPOUT = {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128} | {
+    f"{place}_pdrop": 0.1 for place in ("resid", "embd", "attn")
+}
+
+
+def trainyard(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    done = subprocess.run([*CLI, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment())
+    assert not check or done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
+    return done
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Training runs in one directory that share prepared data."""
+
+    folder: Path
+
+    def write_recipe(self, name: str, **changes: Any) -> Path:
+        """A recipe file; `changes` replace whole top-level sections."""
+        recipe = {
+            "name": name,
+            "model": {"config": LLAMA},
+            "tokenizer": "data/tokenizer",
+            "data": {
+                "train": [{"path": "data/train"}],
+                "validation": "data/validation",
+                "sequence_length": 64,
+            },
+            "train": {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 20, "seed": 3},
+            "optimizer": {"learning_rate": 5e-3, "warmup_steps": 4},
+            "checkpoint": {"every_steps": 10},
+            "evaluate": {"every_steps": 5, "batches": 1, "sample_tokens": 4},
+            "logging": {"console_every_steps": 1},
+        } | changes
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return path
+
+    def train(self, name: str, *arguments: str, processes: int = 2, check: bool = True, **changes: Any) -> Any:
+        """Write the recipe and train it to its end."""
+        recipe = self.write_recipe(name, **changes)
+        return trainyard("train", str(recipe), "--processes", str(processes), *arguments, cwd=self.folder, check=check)
+
+    def directory(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def metrics(self, name: str) -> dict[int, dict[str, Any]]:
+        """metrics.jsonl by step, each step exactly once."""
+        lines = (self.directory(name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        steps = [record["step"] for record in records]
+        assert steps == list(range(1, len(steps) + 1)), f"steps of {name}: {steps}"
+        return {record["step"]: record for record in records}
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.directory(name) / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def start(self, name: str, processes: int = 2, **changes: Any) -> "Live":
+        """Begin a run in its own process group."""
+        recipe = self.write_recipe(name, **changes)
+        log = (self.folder / f"{name}.log").open("w", encoding="utf-8")
+        process = subprocess.Popen(
+            [*CLI, "train", str(recipe), "--processes", str(processes)],
+            cwd=self.folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
+        )
+        return Live(process, self.directory(name), self.folder / f"{name}.log")
+
+
+@dataclass(frozen=True)
+class Live:
+    """A run that is under way."""
+
+    process: subprocess.Popen[bytes]
+    directory: Path
+    log: Path
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"the run ended: {self.log.read_text()}"
+            assert time.monotonic() < deadline, f"not reached in {seconds} s: {self.log.read_text()}"
+            time.sleep(0.01)
+
+    def last_step(self) -> int:
+        """The newest whole line of metrics.jsonl."""
+        file = self.directory / "metrics.jsonl"
+        return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
+
+    def kill(self) -> None:
+        """SIGKILL to the launcher and all workers at once, as a lost node looks."""
+        # workers are in sessions of their own: find them by their parent before it dies
+        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        for pid in [self.process.pid, *map(int, children)]:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def comparable(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What must be equal between a run and the same run killed and resumed."""
+    return {
+        step: {k: v for k, v in record.items() if k.startswith(("train/", "evaluate/")) or k == "sample_digest"}
+        for step, record in records.items()
+    }
