@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,10 @@ class Runs:
         """Write the recipe and train it to its end."""
         recipe = self.write_recipe(name, **changes)
         return trainyard("train", str(recipe), "--processes", str(processes), *arguments, cwd=self.folder, check=check)
+
+    def copy(self, name: str, new_name: str) -> None:
+        """A run directory under another name: a run's name is free to change."""
+        shutil.copytree(self.directory(name), self.directory(new_name))
 
     def directory(self, name: str) -> Path:
         return self.folder / "runs" / name

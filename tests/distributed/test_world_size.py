@@ -6,19 +6,23 @@ import pytest
 from live_runs import Runs
 
 TOLERANCE = 1e-3
-"""bf16 products are rounded at other places when rows lie in other forwards; seen: below 2e-4 over these steps."""
+"""1 and 2 ranks differ by the order of fp32 sums only. 3 ranks scale the loss by a factor that is no power of two, so
+that bf16 gradients are rounded elsewhere, which training amplifies the faster the higher the learning rate: at 5e-3 the
+losses were 0.05 apart after 42 steps. With bf16 gradients on the wire, DeepSpeed's default, 2 ranks were, too."""
+
+CALM = {"learning_rate": 1e-3, "warmup_steps": 4}
 
 LONG = {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 50, "seed": 3}
 
 
 def test_ranks_give_equal_losses(runs: Runs) -> None:
-    """8 sequences a batch: 3 ranks get 3, 3 and 2, with one row of padding."""
+    """8 sequences a batch in forwards of 2: 3 ranks get 3, 3 and 2, and a third of their rows is padding."""
     for ranks in (1, 2, 3):
-        done = runs.train(f"ranks-{ranks}", processes=ranks, train=LONG)
-        assert ("11.1%" in done.stdout) == (ranks == 3)
+        done = runs.train(f"ranks-{ranks}", processes=ranks, train=LONG, optimizer=CALM)
+        assert ("33.3%" in done.stdout) == (ranks == 3)
     alone = runs.metrics("ranks-1")
     assert len(alone) == 50
-    assert alone[50]["train/loss"] < 0.8 * alone[1]["train/loss"], "nothing was learnt, so equality says little"
+    assert alone[50]["train/loss"] < alone[1]["train/loss"] - 0.4, "nothing was learnt, so equality says little"
     for ranks in (2, 3):
         records = runs.metrics(f"ranks-{ranks}")
         for step, record in records.items():
@@ -35,7 +39,7 @@ def test_first_loss_is_that_of_a_uniform_guess(reference: Runs) -> None:
 
 def test_checkpoint_goes_on_at_another_world_size(reference: Runs) -> None:
     """2 ranks for 10 steps, then 1, then 3: the global batches stay, the losses stay within rounding."""
-    reference.train("elastic", train={"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 20, "seed": 3})
+    reference.copy("reference", "elastic")
     expected = reference.metrics("reference")
     checkpoints = reference.directory("elastic") / "checkpoints"
     for ranks in (1, 3):
