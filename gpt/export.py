@@ -58,12 +58,8 @@ def export_run(
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
     source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; give another folder, or remove this one.")
-    reader = open_checkpoint(source, step)
+    reader = _open_source(source, out, step)
     manifest = reader.manifest
-    if manifest.probe is None:
-        raise ValueError(f"{reader.directory} has no probe of the live engine, so an export could not be checked.")
     precision = _precision(dtype, manifest)
     tokenizer = run_tokenizer(source, manifest)
     with torch.device("meta"):
@@ -99,6 +95,15 @@ def export_run(
         "end_tokens": ends,
         "gate": {check["check"]: check["sentence"] for check in report["checks"]},
     }
+
+
+def _open_source(source: Path, out: Path, step: int | None) -> CheckpointReader:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; give another folder, or remove this one.")
+    reader = open_checkpoint(source, step)
+    if reader.manifest.probe is None:
+        raise ValueError(f"{reader.directory} has no probe of the live engine, so an export could not be checked.")
+    return reader
 
 
 def _precision(dtype: str | None, manifest: Manifest) -> Precision:

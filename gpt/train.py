@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
     return int(np.ceil(recipe.train.epochs * samples_per_epoch / recipe.global_batch_sequences - 1e-9))
 
 
-def main() -> int:
+def main() -> NoReturn:
     """One rank, started by the launcher: the recipe is in TRAINYARD_RECIPE, torchrun's variables name the rank.
 
     What is refused is written to TRAINYARD_ERROR_DIRECTORY as one sentence, a crash as its traceback, for the launcher
@@ -104,18 +104,21 @@ def main() -> int:
     """
     rank = int(os.environ["RANK"])
     errors = Path(os.environ["TRAINYARD_ERROR_DIRECTORY"])
+    code = 1
     try:
         run(parse_recipe(json.loads(os.environ["TRAINYARD_RECIPE"]), "from the launcher"))
-        return 0
+        code = 0
     except (ValueError, OSError) as error:
         (errors / f"rank_{rank}.txt").write_text(str(error), encoding="utf-8")
         (errors / f"rank_{rank}.details.txt").write_text(traceback.format_exc(), encoding="utf-8")
     except Exception:
         (errors / f"rank_{rank}.traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    # Not sys.exit: another rank may be waiting in a collective, and torch's own exit would wait for it.
+    # Not sys.exit. After an error another rank may be waiting in a collective, and torch's own exit would wait for it;
+    # after success everything is written and closed, but native threads that outlive the interpreter now and then
+    # abort ("terminate called without an active exception"), which would turn a finished run into a failed one.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def run(recipe: Recipe) -> None:
@@ -145,7 +148,7 @@ def run(recipe: Recipe) -> None:
 def _run_claimed(recipe: Recipe, ranks: Any, owner: Any, generation: int) -> None:
     from gpt import distributed
     from gpt.checkpoint.write import remove_leftovers
-    from gpt.metrics import MetricsWriter, flops_per_token, measure_matmul_flops
+    from gpt.metrics import flops_per_token, measure_matmul_flops
     from gpt.model import DTYPES, CompiledLayers, build_model, checkpoint_gradients, count_parameters, decoder_layers
     from gpt.optimizer import build_optimizer
     from gpt.resume import Saver, resume
@@ -174,10 +177,7 @@ def _run_claimed(recipe: Recipe, ranks: Any, owner: Any, generation: int) -> Non
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
     metrics = None
     if owner is not None:
-        metrics = MetricsWriter(owner, resumed, plan.schedule.total_steps, recipe.logging.console_every_steps)
-        if resumed == 0:
-            metrics.write_text("recipe", yaml.safe_dump(recipe.model_dump(), sort_keys=False), 0)
-            metrics.write_text("environment", (owner.path / "environment.json").read_text(encoding="utf-8"), 0)
+        metrics = _open_metrics(plan, owner, resumed)
         kind = f"{type(model).__name__}, {recipe.precision}"
         print(f"model: {parameters:,} parameters, {kind}, from step {resumed}", flush=True)
     trainer = Trainer(
@@ -206,6 +206,17 @@ def _run_claimed(recipe: Recipe, ranks: Any, owner: Any, generation: int) -> Non
     if owner is not None and metrics is not None:
         metrics.close()
         owner.write_event("end", step=plan.schedule.total_steps)
+
+
+def _open_metrics(plan: RunPlan, owner: Any, resumed: int) -> Any:
+    """Rank 0's metrics; a run that begins writes its recipe and environment into TensorBoard first."""
+    from gpt.metrics import MetricsWriter
+
+    metrics = MetricsWriter(owner, resumed, plan.schedule.total_steps, plan.recipe.logging.console_every_steps)
+    if resumed == 0:
+        metrics.write_text("recipe", yaml.safe_dump(plan.recipe.model_dump(), sort_keys=False), 0)
+        metrics.write_text("environment", (owner.path / "environment.json").read_text(encoding="utf-8"), 0)
+    return metrics
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, str]:
@@ -287,4 +298,4 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
