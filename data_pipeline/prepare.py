@@ -18,8 +18,9 @@ import numpy as np
 import xxhash
 
 from data_pipeline.chat import ChatRenderer
+from data_pipeline.shard_writer import UnitWriter, sync_directory, write_file_atomically, write_manifest
 from data_pipeline.sources import Document, ReadOptions, SourceFile, content_kind, find_files, read_documents
-from data_pipeline.token_shards import ShardWriter, TokenShards, sync_directory, write_file_atomically
+from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import (
     copy_tokenizer,
     document_frame,
@@ -89,7 +90,7 @@ class PrepareOptions:
 class _Split:
     """What is counted of one split while it is written."""
 
-    writer: ShardWriter
+    writer: UnitWriter
     text_bytes: int = 0
     kept_by_file: dict[int, int] = field(default_factory=dict)
     content_hashes: array = field(default_factory=lambda: array("Q"))  # 8 bytes a document, where a list would take 40
@@ -280,7 +281,9 @@ def _stored_report(output: Path, identity: str) -> dict[str, Any] | None:
             "delete it or choose another --out"
         )
     for split, fingerprint in fingerprints.items():
-        if TokenShards(output / split).fingerprint != fingerprint:
+        shards = TokenShards(output / split)
+        shards.check_files()
+        if shards.fingerprint != fingerprint:
             raise ValueError(
                 f"{output / split} is not the data that {path} describes: delete {output} and prepare it again"
             )
@@ -314,22 +317,19 @@ def _make(options: PrepareOptions, reading: _Reading, output: Path) -> dict[str,
     vocabulary = vocabulary_size(tokenizer)
     with_validation = bool(options.validation_inputs) or options.validation_fraction > 0
     splits = {
-        name: _Split(
-            ShardWriter(
-                output / name,
-                kind=reading.kind,
-                tokenizer_sha256=sha256,
-                vocabulary_size=vocabulary,
-                special_ids={"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
-                split=name,
-            )
-        )
+        name: _Split(UnitWriter(output / name, kind=reading.kind, vocabulary_size=vocabulary))
         for name in SPLITS[: 2 if with_validation else 1]
     }
     try:
         _encode_all(reading, tokenizer, splits)
         _require_documents(options, splits)
-        summaries = {name: _finish_split(reading, name, split) for name, split in splits.items()}
+        header = {
+            "kind": reading.kind,
+            "tokenizer_sha256": sha256,
+            "vocabulary_size": vocabulary,
+            "special_ids": {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
+        }
+        summaries = {name: _finish_split(reading, name, split, header) for name, split in splits.items()}
     finally:
         for split in splits.values():
             split.writer.abandon()
@@ -432,7 +432,7 @@ def _require_documents(options: PrepareOptions, splits: dict[str, _Split]) -> No
         )
 
 
-def _finish_split(reading: _Reading, name: str, split: _Split) -> dict[str, Any]:
+def _finish_split(reading: _Reading, name: str, split: _Split, header: dict[str, Any]) -> dict[str, Any]:
     own = range(len(reading.files))
     if reading.own_validation_files:
         own = range(reading.train_files) if name == "train" else range(reading.train_files, len(reading.files))
@@ -446,7 +446,7 @@ def _finish_split(reading: _Reading, name: str, split: _Split) -> dict[str, Any]
         for index in own
     ]
     writer = split.writer
-    writer.finish(units)
+    write_manifest(writer.directory, split=name, shards=writer.finish(), units=units, **header)
     return {
         "documents": writer.documents,
         "tokens": writer.tokens,

@@ -82,8 +82,11 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
 
 
 def check(recipe: Recipe, world_size: int) -> None:
-    """What the launcher does before it starts processes: `plan_run`, for its errors."""
-    plan_run(recipe, world_size)
+    """What the launcher does before it starts processes: `plan_run`, for its errors, and a look at every data file."""
+    plan = plan_run(recipe, world_size)
+    for stream in (plan.training, plan.validation):
+        if stream is not None:
+            stream.check_files()
 
 
 def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:

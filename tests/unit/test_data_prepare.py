@@ -50,7 +50,7 @@ def _options(source: Path | str, output: Path, tokenizer: Path | None, **changes
 def _documents(directory: Path) -> list[list[int]]:
     shards = TokenShards(directory)
     flat = shards.read(0, shards.tokens)
-    return [part.tolist() for part in np.split(flat, shards.document_starts[1:].astype(np.int64))]
+    return [part.tolist() for part in np.split(flat, np.cumsum(shards.document_lengths())[:-1])]
 
 
 def _files(directory: Path) -> dict[str, bytes]:
@@ -111,8 +111,9 @@ def test_chat_shards_hold_rendered_conversations_and_masks(tmp_path: Path, token
     shards = TokenShards(tmp_path / "out" / "train")
     lines = CHAT_LINES
     assert shards.documents == len(lines)
+    lengths = shards.document_lengths()
     for index in (0, 7, len(lines) - 1):
-        start, length = int(shards.document_starts[index]), int(shards.document_lengths[index])
+        start, length = int(lengths[:index].sum()), int(lengths[index])
         expected = small_tokenizer().apply_chat_template(
             json.loads(lines[index])["messages"], return_assistant_tokens_mask=True, return_dict=True
         )
