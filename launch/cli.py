@@ -1,12 +1,14 @@
 """The command `trainyard`: parse, call, print; no logic.
 
-Exit codes: 0 done, 1 refused or failed with one sentence, 2 wrong arguments, 128 + n ended by signal n.
+Exit codes: 0 done, 1 refused or failed with one sentence, 2 wrong arguments, 85 stopped on request, to be continued,
+128 + n ended by signal n.
 Modules of the project are imported inside the commands, because torch alone takes longer than `--help` should.
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,6 +147,8 @@ def train(
 
     Example: `trainyard train launch/recipes/quickstart_pretrain.yaml optimizer.learning_rate=1e-3 --processes 2`
     """
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the workers are started, which takes seconds
+        signal.signal(number, _stop_before_start)
     from gpt.recipe import fork_recipe, load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
@@ -160,6 +164,12 @@ def train(
     check(resolved, processes * nodes)
     code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     raise typer.Exit(code)
+
+
+def _stop_before_start(number: int, frame: Any) -> None:
+    print(f"trainyard: {signal.Signals(number).name}: stopped before the workers were started", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(85)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,18 @@ def test_prepare_with_json(tmp_path: Path) -> None:
     assert plain.returncode == 0, plain.stderr
     assert "splits.train.documents: 8\n" in plain.stdout
     assert "reused: True\n" in plain.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_train_is_stopped_before_its_workers_start(number: signal.Signals) -> None:
+    code = (
+        "import time, gpt.recipe; from launch.cli import main;"
+        "gpt.recipe.load_recipe = lambda *_: (print('loading', flush=True), time.sleep(60)); main()"
+    )
+    command = [sys.executable, "-c", code, "train", "x.yaml"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1].endswith("stopped before the workers were started\n")
+    assert process.returncode == 85
