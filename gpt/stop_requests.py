@@ -3,6 +3,7 @@
 A request never ends a rank by itself: the ranks agree on it at the start of a step, save, and end together.
 """
 
+import ctypes
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ SAME_REQUEST_SECONDS = 1.0
 """A signal to the process group, or one that a scheduler sends to every process, reaches the launcher and each rank:
 what comes this soon after the first one is the same request."""
 REQUEST_NAME = "stop_requested"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequests:
@@ -27,6 +29,8 @@ class StopRequests:
         self._file = directory / REQUEST_NAME
         self._requested_at: float | None = None
         self._launcher = os.getppid()
+        # a launcher that is killed takes its ranks along, which would hold the run directory, or wait for ever
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def requested(self) -> bool:

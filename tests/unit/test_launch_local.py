@@ -234,6 +234,29 @@ def test_a_second_signal_ends_all_workers_at_once(
     assert f"ended by {number.name} without saving" in capfd.readouterr().err
 
 
+def test_workers_end_with_a_launcher_that_is_killed(worker: Any, recipe: Recipe, tmp_path: Path) -> None:
+    worker(f"""
+        (pathlib.Path({str(tmp_path)!r}) / f"ready_{{rank}}").write_text(str(os.getpid()))
+        time.sleep(60)
+    """)
+    code = (
+        "import sys; from gpt.recipe import parse_recipe; from launch import local;"
+        "local.WORKER_MODULE = 'stand_in_worker';"
+        f"local.run_workers(parse_recipe({recipe.model_dump(mode='json')!r}, 'test'), processes=2)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    while len(list(tmp_path.glob("ready_*"))) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    pids = [int(file.read_text()) for file in tmp_path.glob("ready_*")]
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers live on without their launcher"
+        time.sleep(0.05)
+
+
 def test_a_build_lock_of_a_killed_run_is_removed_with_a_line(
     recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
