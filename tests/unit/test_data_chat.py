@@ -277,13 +277,30 @@ def test_templates_whose_answers_cannot_be_told_are_refused(template: str, messa
         render(_with(template), CONVERSATION)
 
 
-def test_a_history_rewritten_outside_the_answers_is_refused() -> None:
-    """From five messages on, the first line says how long the first answer is: other answers make another line."""
-    line = "{%- if messages | length > 4 -%}{{- messages[1]['content'] | length -}}{%- endif -%}"
-    messages = [user("A?"), assistant("a"), user("B?"), assistant("b"), user("C?"), assistant("c")]
-    assert render(_with(line + PLAIN_TEMPLATE), messages[:4]) == render(_with(PLAIN_TEMPLATE), messages[:4])
+LONG = [user("A?"), assistant("a"), user("B?"), assistant("b"), user("C?"), assistant("c")]
+FIRST_LINE = "{%- if messages | length > 4 -%}{{- 'long ' -}}{%- endif -%}"
+
+
+def test_a_history_rewritten_outside_the_answers_keeps_exact_masks() -> None:
+    """From five messages on there is another first line, whatever the answers are."""
+    tokenizer = _with(FIRST_LINE + PLAIN_TEMPLATE)
+    assert _masked_text(tokenizer, *render(tokenizer, LONG)) == ["a<|im_end|>", "b<|im_end|>", "c<|im_end|>"]
+    assert tokenizer.decode(render(tokenizer, LONG)[0]).startswith("long <|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        FIRST_LINE.replace("'long '", "messages[1]['content'] | length") + PLAIN_TEMPLATE,
+        FIRST_LINE + PLAIN_TEMPLATE + "{%- if messages[-1]['content'] == 'c' -%}{{- 'PS' -}}{%- endif -%}",
+        FIRST_LINE + _edit(PLAIN_TEMPLATE, LOOP, "{%- for message in (messages[2:] if messages[4] else messages) -%}"),
+    ],
+)
+def test_a_history_that_depends_on_answers_elsewhere_is_refused(template: str) -> None:
+    """The first line has the length of an answer; the end has a word for one answer; the first answer is left out."""
+    assert render(_with(template), LONG[:2]) == render(_with(PLAIN_TEMPLATE), LONG[:2])
     with pytest.raises(ValueError, match="not only the beginnings of earlier answers"):
-        render(_with(line + PLAIN_TEMPLATE), messages)
+        render(_with(template), LONG)
 
 
 def test_all_tokens_marked_is_refused() -> None:
