@@ -294,10 +294,11 @@ def test_a_history_rewritten_outside_the_answers_keeps_exact_masks() -> None:
         FIRST_LINE.replace("'long '", "messages[1]['content'] | length") + PLAIN_TEMPLATE,
         FIRST_LINE + PLAIN_TEMPLATE + "{%- if messages[-1]['content'] == 'c' -%}{{- 'PS' -}}{%- endif -%}",
         FIRST_LINE + _edit(PLAIN_TEMPLATE, LOOP, "{%- for message in (messages[2:] if messages[4] else messages) -%}"),
+        FIRST_LINE + _edit(PLAIN_TEMPLATE, PLAIN_ANSWER, "    {{- '' if messages[4] and loop.last else content -}}\n"),
     ],
 )
 def test_a_history_that_depends_on_answers_elsewhere_is_refused(template: str) -> None:
-    """The first line has the length of an answer; the end has a word for one answer; the first answer is left out."""
+    """The first line has the length of an answer; the end a word for one; the first or the last answer is left out."""
     assert render(_with(template), LONG[:2]) == render(_with(PLAIN_TEMPLATE), LONG[:2])
     with pytest.raises(ValueError, match="not only the beginnings of earlier answers"):
         render(_with(template), LONG)
