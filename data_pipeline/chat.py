@@ -58,9 +58,8 @@ def _canonical_call(number: int, call: Any) -> dict[str, Any]:
 
     Arguments given as JSON text become an object: a template that writes JSON would quote the text once more.
     """
-    function = call.get("function", call) if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str) or not name.strip():
+    function, name = _function(call)
+    if not name:
         raise ValueError(
             f"message {number} has a tool call without a function's name: "
             '{"type": "function", "function": {"name": "…", "arguments": {…}}} is expected'
@@ -94,12 +93,11 @@ def _canonical(messages: Sequence[Message]) -> list[Message]:
     return result
 
 
-def _tool_name(tool: Any) -> str:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
+def _function(value: Any) -> tuple[dict[str, Any], str]:
+    """The function of a tool or a call, which may itself be it, and its name; the name is empty where there is none."""
+    function = value.get("function", value) if isinstance(value, dict) else {}
     name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"a tool must be a JSON object that has a function's name, not {str(tool)[:60]!r}")
-    return name
+    return (function, name) if isinstance(name, str) and name.strip() else ({}, "")
 
 
 class ChatRenderer:
@@ -150,7 +148,10 @@ class ChatRenderer:
         validate_conversation(messages)
         messages = _canonical(messages)
         tools = list(tools) if tools else None
-        names = [_tool_name(tool) for tool in tools or []]
+        names = [_function(tool)[1] for tool in tools or []]
+        if not all(names):
+            bad = str((tools or [])[names.index("")])[:60]
+            raise ValueError(f"a tool must be a JSON object that has a function's name, not {bad!r}")
         self._refuse_special_text(messages, tools)
         whole = self._text(messages, tools)
         if _MARKERS.search(self._tokenizer.get_chat_template(tools=tools)):

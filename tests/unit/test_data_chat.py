@@ -246,6 +246,18 @@ def test_templates_with_wrong_markers_are_refused(template: str | None, message:
         render(_with(template), CONVERSATION)
 
 
+def test_markers_alone_decide_where_nothing_can_be_derived() -> None:
+    """Each answer is rendered with its number from the end, so no rendering is the beginning of another."""
+    numbered = _edit(
+        CHAT_TEMPLATE, "    {{- content -}}\n", "    {{- loop.revindex | string + ' left: ' + content -}}\n"
+    )
+    ids, mask = render(_with(numbered), CONVERSATION)
+    texts = _masked_text(_with(numbered), ids, mask)
+    assert texts == ["3 left: A friend.\nAnd thou?<|im_end|>", "1 left: Well met.<|im_end|>"]
+    with pytest.raises(ValueError, match="message 5 as something other"):
+        render(_with(re.sub(r"\{%- (end)?generation -%\}", "", numbered)), CONVERSATION)
+
+
 PLAIN_ANSWER = "    {{- content -}}\n"
 LOOP = "{%- for message in messages -%}"
 SYSTEM_DROPPED = "{%- set messages = messages[1:] if messages[0]['role'] == 'system' else messages -%}"
