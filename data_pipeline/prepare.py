@@ -18,7 +18,15 @@ import numpy as np
 import xxhash
 
 from data_pipeline.chat import ChatRenderer
-from data_pipeline.sources import Document, ReadOptions, SourceFile, content_kind, find_files, read_documents
+from data_pipeline.sources import (
+    Document,
+    ReadOptions,
+    SourceFile,
+    content_kind,
+    content_paths,
+    find_files,
+    read_documents,
+)
 from data_pipeline.token_shards import ShardWriter, TokenShards, sync_directory, write_file_atomically
 from data_pipeline.tokenizer import (
     copy_tokenizer,
@@ -107,6 +115,8 @@ class _Reading:
             self.files += _separate_files(self.files, validation_files)
             self.ignored += ignored
         kinds = {content_kind(file, self.read_options): file for file in self.files}
+        if "ids" in kinds:
+            raise ValueError(f"{kinds['ids'].path} holds token ids, not text to prepare")
         if len(kinds) > 1:
             raise ValueError(
                 f"{kinds['chat'].path} holds conversations and {kinds['text'].path} plain text: prepare them separately"
@@ -245,8 +255,9 @@ def _identity(options: PrepareOptions, reading: _Reading) -> str:
         choices["tokenizer"] = {file.name: _file_digest(file) for file in tokenizer_files(options.tokenizer)}
     digests = []
     for index, file in enumerate(reading.files):
-        paths = sorted(file.path.iterdir()) if file.container == "dataset" else [file.path]
-        digests.append([file.name, file.bytes, [_file_digest(path) for path in paths], index >= reading.train_files])
+        digests.append(
+            [file.name, file.bytes, [_file_digest(path) for path in content_paths(file)], index >= reading.train_files]
+        )
         reading.advance(file.bytes, file.bytes, finished=True)
     content = json.dumps([REPORT_VERSION, choices, digests], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
