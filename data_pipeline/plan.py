@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from data_pipeline.sources import ReadOptions, SourceFile, Unit, content_kind, find_files, plan_units
+from data_pipeline.sources import ReadOptions, SourceFile, Unit, content_kind, content_paths, find_files, plan_units
 
 SPLITS = ("train", "validation")
 MAX_UNITS = 4096
@@ -98,7 +98,10 @@ class Plan:
                 extents[part.file] = extents.get(part.file, 0) + part.end - part.begin
         used = self.train_files if train_only else len(self.files)
         return [
-            max(1, sum(self.files[p.file].bytes * (p.end - p.begin) // extents[p.file] for p in u.parts if p.file < used))
+            max(
+                1,
+                sum(self.files[p.file].bytes * (p.end - p.begin) // extents[p.file] for p in u.parts if p.file < used),
+            )
             for u in self.units
         ]
 
@@ -118,12 +121,15 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
             raise ValueError(f"{min(shared)} is both a training and a validation input: leave it out of one")
         files, ignored = files + validation, ignored + more
     kinds = {content_kind(file, options.read): file for file in files}
-    if len(kinds) > 1:
+    if "chat" in kinds and len(kinds) > 1:
+        other = kinds.get("text") or kinds["ids"]
         raise ValueError(
-            f"{kinds['chat'].label} holds conversations and {kinds['text'].label} plain text: prepare them separately"
+            f"{kinds['chat'].label} holds conversations and {other.label} plain text: prepare them separately"
         )
-    if options.train_vocabulary is not None and any(file.container == "megatron" for file in files):
-        raise ValueError("a Megatron file holds token ids, not text: give the tokenizer that made them (--tokenizer)")
+    if "chat" in kinds and options.engine not in ("auto", "huggingface"):
+        raise ValueError(f"{kinds['chat'].label} holds conversations, which the engine huggingface alone encodes")
+    if "ids" in kinds and options.train_vocabulary is not None:
+        raise ValueError(f"{kinds['ids'].label} holds token ids: give the tokenizer that made them (--tokenizer)")
     unit_bytes = max(options.unit_bytes, -(-sum(file.bytes for file in files) // MAX_UNITS))
     units = tuple(plan_units(files, options.read, unit_bytes))
     validated = bool(options.validation_inputs) or options.validation_fraction > 0
@@ -134,7 +140,7 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         train_files=train_files,
         ignored=tuple(ignored),
         units=units,
-        kind=next(iter(kinds)),
+        kind="chat" if "chat" in kinds else "text",  # ids are of texts
         splits=SPLITS if validated else SPLITS[:1],
         seed=options.seed,
         validation_threshold=None if options.validation_inputs else int(options.validation_fraction * 2**64),
@@ -154,7 +160,7 @@ def _identity(
     """A hash of all that the result depends on: options, the tokenizer, the units, names and digests of the files.
 
     Skipping bad rows is not part of it: it gives the same data where there are none, and a stored result that skipped
-    some is not taken for one that must not. A dataset of the hub counts by its name alone.
+    some is not taken for one that must not.
     """
     choices = {
         "read": {key: value for key, value in asdict(options.read).items() if key != "skip_bad_rows"},
@@ -171,26 +177,20 @@ def _identity(
     digests = []
     done, total = 0, sum(file.bytes for file in files)
     for index, file in enumerate(files):
-        digests.append([file.name, file.bytes, [file_digest(path) for path in _paths(file)], index >= train_files])
+        digests.append(
+            [file.name, file.bytes, [file_digest(path) for path in content_paths(file)], index >= train_files]
+        )
         done += file.bytes
         if progress is not None:
             progress(done, total)
     return hashlib.sha256(json.dumps(["prepare/2", choices, digests], sort_keys=True).encode()).hexdigest()
 
 
-def _paths(file: SourceFile) -> list[Path]:
-    if file.container == "hub":
-        return []
-    if file.container == "megatron":
-        return [file.path, file.path.with_suffix(".idx")]
-    return sorted(file.path.iterdir()) if file.container == "dataset" else [file.path]
-
-
 def file_digest(path: Path) -> str:
     """xxh3-128 of a file's content; above 64 MiB of its size, its modification time and its first and last MiB.
 
-    Each of many nodes takes the digests before it starts, and reading a terabyte for that would take hours. A large file
-    that is changed in place, with its size and modification time kept, is therefore not noticed.
+    Each of many nodes takes the digests before it starts, and reading a terabyte for that would take hours. So a large
+    file that is changed in its middle, with its size and modification time kept, is not noticed.
     """
     digest = xxhash.xxh3_128()
     status = path.stat()

@@ -19,7 +19,6 @@ import numpy as np
 import orjson
 import xxhash
 
-from data_pipeline.engines import open_engine
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import UnitWriter, write_file_atomically
 from data_pipeline.sources import Document, Ledger, read_documents
@@ -73,8 +72,8 @@ def no_room(error: OSError, output: Path) -> OSError:
         return error
     free = shutil.disk_usage(output).free
     return OSError(
-        f"{output} cannot be written: {os.strerror(error.errno).lower()} ({free:,} bytes are free there): make room and "
-        "start the same command again; it keeps the units that are done"
+        f"{output} cannot be written: {os.strerror(error.errno).lower()} ({free:,} bytes are free there): make room "
+        "and start the same command again; it keeps the units that are done"
     )
 
 
@@ -308,6 +307,7 @@ class _TextEncoder:
     """Texts to framed ids in batches; ids that a source brought are taken as they are, with an end token."""
 
     def __init__(self, tokenizer: Any, engine: str) -> None:
+        from data_pipeline.engines import open_engine
         from data_pipeline.tokenizer import document_frame
 
         self._tokenizer = tokenizer
@@ -351,7 +351,7 @@ class _TextEncoder:
             arrays.append(document.ids if ended else np.append(document.ids, self._end))
         tokens = np.concatenate(arrays)
         known = self._byte_lengths
-        within = known is not None and 0 <= int(tokens.min()) and int(tokens.max()) < known.size
+        within = known is not None and int(tokens.min()) >= 0 and int(tokens.max()) < known.size
         text_bytes = int(known[tokens].sum()) if known is not None and within else None
         return _Encoded(tokens, np.array([array.size for array in arrays]), None, text_bytes)
 

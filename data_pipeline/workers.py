@@ -4,11 +4,14 @@ A worker is a fresh Python (no fork of a process with threads, no import of the 
 its parent is gone, however that ended.
 """
 
+import contextlib
 import os
+import pickle
 import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections import Counter, deque
@@ -63,16 +66,18 @@ class _Worker:
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-P", "-m", "data_pipeline.workers", str(theirs.fileno())]
+        environment = ONE_THREAD | os.environ | {"PYTHONPATH": path}
         # a Ctrl-C reaches all processes of the terminal; the parent alone answers it, and ends the others
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=ONE_THREAD | os.environ | {"PYTHONPATH": path}
-            )
+            # the plan of many files is larger than a pipe holds, and a start should not wait for the one before it
+            with tempfile.TemporaryFile() as start:
+                pickle.dump((plan, sample), start)
+                start.seek(0)
+                self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=start, env=environment)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        self.connection.send((plan, sample))
 
     def end(self) -> int:
         """Kill it where it still runs, and return its exit code."""
@@ -130,7 +135,8 @@ class _Pool:
             self._deaths.pop(None, None)
         worker.unit = self._waiting.popleft() if self._waiting else None
         if worker.unit is not None:
-            worker.connection.send(worker.unit)
+            with contextlib.suppress(OSError):  # it was killed just now: the next answer is the end of its line
+                worker.connection.send(worker.unit)
 
     def _replace(self, worker: _Worker) -> None:
         del self._workers[worker.connection]
@@ -160,7 +166,7 @@ def _raised(kind: str, message: str, trace: str) -> BaseException:
 
 def _serve(connection: Connection) -> None:
     """The worker's side: units in, progress and results out, until the line closes."""
-    plan, sample = connection.recv()
+    plan, sample = pickle.load(sys.stdin.buffer)
     units: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -180,7 +186,8 @@ def _serve(connection: Connection) -> None:
             connection.send(("done", "" if maker is None else maker.engine))
     except Exception as error:
         kind = next((k.__name__ for k in (ValueError, OSError) if isinstance(error, k)), "")
-        connection.send(("error", kind, str(error), traceback.format_exc()))
+        with contextlib.suppress(OSError):  # the parent is gone
+            connection.send(("error", kind, str(error), traceback.format_exc()))
 
 
 if __name__ == "__main__":
