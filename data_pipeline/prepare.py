@@ -58,14 +58,12 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[s
     bar.next_pass()
     stored = _stored_report(options, plan)
     if stored is None:
-        with _claimed(options, plan):
-            try:
+        try:
+            with _claimed(options, plan):
                 result, run = _make(options, plan, bar)
-            except FileNotFoundError:
-                stored = _stored_report(options, plan)  # another task merged meanwhile and removed the records
-                if stored is None:
-                    raise
-            except OSError as error:
+        except OSError as error:
+            stored = _stored_report(options, plan)
+            if stored is None:  # else another task merged meanwhile and removed the records
                 raise no_room(error, plan.output) from None
     if stored is not None:
         result, run = stored | {"reused": True}, {"engine": "", "units_made": 0}

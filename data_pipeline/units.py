@@ -95,22 +95,22 @@ class UnitMaker:
 
         Raises:
             ValueError: bad input, named with its place.
-            OSError: the disk is full (one sentence), or a file cannot be read.
+            OSError: the disk is full, or a file cannot be read.
         """
         plan = self._plan
         for name in plan.splits:
             for leftover in (plan.output / name).glob(f"u-{number:05d}-*.tmp"):
                 leftover.unlink(missing_ok=True)
-        splits = {name: _Split(plan, number, name, self._vocabulary_size, self._encoder) for name in plan.splits}
+        splits: dict[str, _Split] = {}
         try:
+            for name in plan.splits:
+                splits[name] = _Split(plan, number, name, self._vocabulary_size, self._encoder)
             record = self._fill(number, splits, report)
             for name, split in splits.items():
                 record["splits"][name] = split.finish()
                 hashes = np.sort(np.array(split.hashes, dtype="<u8"))
                 write_file_atomically(hashes_path(plan, number, name), hashes.tobytes())
             write_file_atomically(record_path(plan, number), json.dumps(record).encode())
-        except OSError as error:
-            raise no_room(error, plan.output) from None
         finally:
             for split in splits.values():
                 split.writer.abandon()
@@ -158,10 +158,7 @@ def sample_unit(plan: Plan, number: int, report: Report) -> None:
             if document.messages is not None:
                 texts = [message.get("content") or "" for message in document.messages]
             sample.add(content_hash, texts)
-    try:
-        write_file_atomically(sample_path(plan, number), orjson.dumps(sample.finish()))
-    except OSError as error:
-        raise no_room(error, plan.output) from None
+    write_file_atomically(sample_path(plan, number), orjson.dumps(sample.finish()))
 
 
 class _Sample:

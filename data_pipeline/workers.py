@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.plan import Plan
-from data_pipeline.units import UnitMaker, sample_unit
+from data_pipeline.units import UnitMaker, no_room, sample_unit
 
 DEATHS_IN_A_ROW = 4
 # the workers share the cores between them; a pool of threads in each would make them fight. What the user set stays.
@@ -184,7 +184,8 @@ def _serve(connection: Connection) -> None:
             number = units.get()
             _do(plan, maker, number, lambda share, number=number: connection.send(("progress", number, share)))  # type: ignore[misc]
             connection.send(("done", "" if maker is None else maker.engine))
-    except Exception as error:
+    except Exception as failure:
+        error = no_room(failure, plan.output) if isinstance(failure, OSError) else failure
         kind = next((k.__name__ for k in (ValueError, OSError) if isinstance(error, k)), "")
         with contextlib.suppress(OSError):  # the parent is gone
             connection.send(("error", kind, str(error), traceback.format_exc()))
