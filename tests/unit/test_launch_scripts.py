@@ -43,7 +43,9 @@ def checkout(tmp_path: Path) -> Path:
           *get_path*) echo "$HEADERS" ;;
           *sys.version_info*) exit "${TOO_OLD:-0}" ;;
           "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-          *) echo "$@" >> installed.txt; touch .venv/bin/trainyard; chmod +x .venv/bin/trainyard ;;
+          *) echo "$@" >> installed.txt
+             [[ "$*" == *"${FAILS:-nothing}"* ]] && exit 1
+             touch .venv/bin/trainyard; chmod +x .venv/bin/trainyard ;;
         esac
         """,
     )
@@ -61,11 +63,25 @@ def test_installs_the_tested_versions_once(checkout: Path) -> None:
     assert install(checkout).returncode == 0
     assert install(checkout).returncode == 0
     arguments = (checkout / "installed.txt").read_text().splitlines()
-    assert arguments == ["-m pip install --quiet --constraint constraints.txt --editable .[test,lint]"]
+    fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,fast]"
+    assert arguments == [f"-m pip install --quiet --constraint constraints.txt {fast}"]
     with (checkout / "constraints.txt").open("a") as file:
         file.write("another==1\n")
     assert install(checkout).returncode == 0
     assert len((checkout / "installed.txt").read_text().splitlines()) == 2
+
+
+def test_without_wheels_of_the_fast_engines_the_rest_is_installed(checkout: Path) -> None:
+    done = install(checkout, FAILS=",fast]")
+    assert done.returncode == 0
+    assert "fast tokenizer engines cannot be installed here" in done.stderr
+    last = (checkout / "installed.txt").read_text().splitlines()[-1]
+    assert last == "-m pip install --quiet --constraint constraints.txt --editable .[test,lint]"
+    assert (checkout / ".venv" / "trainyard-installed").is_file()
+    assert install(checkout, FAILS=".[test,lint").returncode == 0  # nothing to do
+    (checkout / ".venv" / "trainyard-installed").unlink()
+    assert install(checkout, FAILS=".[test,lint").returncode != 0
+    assert not (checkout / ".venv" / "trainyard-installed").exists()
 
 
 @pytest.mark.parametrize(
