@@ -73,7 +73,9 @@ class MegatronDocuments:
             first, last = int(boundaries[0]), int(boundaries[-1])
             if (np.diff(boundaries) < 0).any() or not 0 <= first <= last <= len(self._lengths):
                 raise ValueError(f"{index}: the boundaries of documents {block + 1} and following are out of order")
-            starts = np.append(self._pointers[first : last + 1], [self._file.bytes] * (last == len(self._lengths)))
+            starts = self._pointers[first : last + 1]
+            if last == len(self._lengths):
+                starts = np.append(starts, self._file.bytes)
             sizes = self._lengths[first:last].astype(np.int64) * self.dtype.itemsize
             if (sizes < 0).any() or (np.diff(starts) != sizes).any() or (first == 0 and starts[0] != 0):
                 raise ValueError(

@@ -233,7 +233,7 @@ def _edges(file: SourceFile, options: ReadOptions, unit_bytes: int) -> list[int]
         return _weighted_edges(np.cumsum([0, *sizes]), pieces)
     if file.container == "arrow" and arrow_tables.is_arrow_file(file):
         return _even_edges(arrow_tables.arrow_reader(file).num_record_batches, pieces)
-    if file.container == "dataset" and pieces > 1:
+    if file.container == "dataset":
         return _even_edges(len(arrow_tables.dataset_on_disk(file)), pieces)
     if file.container == "megatron":
         return MegatronDocuments(file).even_edges(pieces)

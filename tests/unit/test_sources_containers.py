@@ -76,7 +76,7 @@ def test_compressed_files_under_another_name_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b\.jsonl\.gz is damaged: its gzip data cannot be read near byte 14"):
         read(tmp_path / "b.jsonl.gz")
     (tmp_path / "c.parquet.gz").write_bytes(b"x")
-    with pytest.raises(ValueError, match="parquet files are read as they are, not inside .gz"):
+    with pytest.raises(ValueError, match=r"parquet files are read as they are, not inside \.gz"):
         read(tmp_path / "c.parquet.gz")
 
 
@@ -104,7 +104,10 @@ def test_json_files_hold_an_array_or_an_object_a_line(tmp_path: Path) -> None:
         ('"text"', "neither one JSON array nor one JSON object a line"),
         ('[{"text": "x"}] [', "goes on behind its array"),
         ('[{"text": "x"} {"text": "y"}]', r"a\.json, record 1 is followed by '\{' instead of a comma"),
-        ('[{"text": "x"}, {"text": oops}, {"text": "y"}]', r"a\.json, record 2 is not JSON .*where the next one begins"),
+        (
+            '[{"text": "x"}, {"text": oops}, {"text": "y"}]',
+            r"a\.json, record 2 is not JSON .*where the next one begins",
+        ),
         ('[{"text": "x"},]', r"record 2 is not JSON"),
         ('[{"text": "x"}, {"text": ' + "[" * 100_000, r"record 2 is nested too deeply"),
         ('[{"text": "x"}, 12]', r"a\.json, record 2: it is a int, not an object with fields"),
