@@ -237,6 +237,37 @@ def test_a_line_of_50_mb(tmp_path: Path, name: str) -> None:
         assert growth < 400 * MIB
 
 
+@pytest.mark.parametrize("container", ["parquet", "arrow"])
+def test_column_stores_are_read_in_bounded_memory(tmp_path: Path, container: str) -> None:
+    path, rows = tmp_path / f"a.{container}", 10_000
+    batch = pa.table({"id": range(rows), "text": ["word " * 4000] * rows})  # 200 MB
+    if container == "parquet":
+        parquet.write_table(batch, path, use_dictionary=False)
+    else:
+        with pa.ipc.new_stream(str(path), batch.schema) as writer:
+            writer.write_table(batch, max_chunksize=1000)
+    documents, longest, growth, _ = read_in_a_process(path)
+    assert (documents, longest) == (rows, 20_000)
+    assert growth < 100 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": "' + "y" * 3000, r"a\.jsonl:2: the line is longer than \d+ MiB"),
+        ("a.json", '[{"text": "x"}, {"text": "' + "y" * 3000, r"a\.json, record 2 is longer than \d+ MiB, or a quote"),
+        ("a.csv", 'id,text\n1,x\n2,"' + "y\n" * 2000, r"a\.csv:3: the row is not valid CSV \(field larger than"),
+    ],
+)
+def test_a_record_without_an_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, message: str
+) -> None:
+    monkeypatch.setattr("data_pipeline.text_tables.MAX_RECORD_BYTES", 1000)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name, ledger=Ledger(), skip_bad_rows=True)
+
+
 def test_large_texts_are_cut_at_line_ends_else_at_white_space_else_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
