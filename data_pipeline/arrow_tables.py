@@ -90,7 +90,7 @@ def is_arrow_file(file: SourceFile) -> bool:
 def arrow_reader(file: SourceFile) -> Any:
     """A RecordBatchFileReader or RecordBatchStreamReader. Raises ValueError where it is neither."""
     try:
-        source = pa.memory_map(str(file.path))
+        source = pa.OSFile(str(file.path))  # pages of a memory map would count as memory in use
         return pa.ipc.open_file(source) if is_arrow_file(file) else pa.ipc.open_stream(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file.path} cannot be read as Arrow: {error}") from None

@@ -196,8 +196,13 @@ class Reading:
         self.ledger.skip(self.file, row.reason, location)
 
     def cut(self, position: int, lost: str) -> None:
-        """Note that the file ends in the middle, at what byte the used part of it ends and what was behind."""
+        """Note that the file ends in the middle, at what byte the used part of it ends and what was behind.
+
+        Of a compressed file the byte is that of its end, whatever ``position`` says.
+        """
         self._cut_noted = True
+        if self.file.compression:
+            position = self.file.bytes
         if self.ledger is None:
             raise ValueError(f"{self.file.label} is cut short at byte {position}: {lost} is lost")
         self.ledger.cut(self.file, position, lost)

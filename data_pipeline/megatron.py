@@ -1,8 +1,8 @@
 """Token documents from the ``.bin`` and ``.idx`` pairs that Megatron-LM's IndexedDataset writes."""
 
+import itertools
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -12,10 +12,11 @@ MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of a token, sequences, document boundaries
 # Megatron's numbers of types; 6 and 7 are floating point, which no token id is.
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+BLOCK_DOCUMENTS = 2**16  # of the index in memory at once
 
 
 class MegatronDocuments:
-    """A pair, opened and its index checked against itself and against the size of the tokens' file.
+    """A pair, opened and its index checked against the size of the tokens' file.
 
     Raises:
         ValueError: either file is not what the index's header says.
@@ -24,7 +25,8 @@ class MegatronDocuments:
     def __init__(self, file: SourceFile) -> None:
         self._file = file
         path = file.path.with_suffix(".idx")
-        header = path.open("rb").read(HEADER.size)
+        with open(path, "rb") as index:
+            header = index.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise ValueError(f"{path} is not an index of Megatron: it does not begin with {MAGIC[:7].decode()}")
         _, version, code, sequences, boundaries = HEADER.unpack(header)
@@ -42,46 +44,54 @@ class MegatronDocuments:
         self._lengths = np.frombuffer(content, "<i4", sequences, HEADER.size)
         self._pointers = np.frombuffer(content, "<i8", sequences, HEADER.size + 4 * sequences)
         self._boundaries = np.frombuffer(content, "<i8", boundaries, HEADER.size + 12 * sequences)
-        self._check(path, sequences)
-        self._tokens = np.memmap(file.path, mode="r")
-
-    def _check(self, path: Path, sequences: int) -> None:
+        # Each document's own entries are checked when it is read; here only what holds all of them together.
         boundaries = self._boundaries
-        if not len(boundaries) or boundaries[0] != 0 or boundaries[-1] != sequences or (np.diff(boundaries) < 0).any():
+        if not boundaries.size or boundaries[0] != 0 or boundaries[-1] != sequences:
             raise ValueError(f"{path}: the document boundaries do not run from 0 to its {sequences} sequences")
-        needed = int(self._lengths.sum(dtype=np.int64)) * self.dtype.itemsize
-        expected = np.cumsum(self._lengths, dtype=np.int64) * self.dtype.itemsize
-        if (self._lengths < 0).any() or (self._pointers[1:] != expected[:-1]).any() or (self._pointers[:1] != 0).any():
-            raise ValueError(f"{path}: its sequences do not follow one another without a gap")
-        if needed != self._file.bytes:
+        needed = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if needed != file.bytes:
             raise ValueError(
-                f"{self._file.path} has {self._file.bytes} bytes, but its index {path.name} counts {needed}: "
+                f"{file.path} has {file.bytes} bytes, but its index {path.name} counts {needed}: "
                 "the two do not belong together, or one is cut"
             )
+        self._tokens = np.memmap(file.path, mode="r")
 
     def __len__(self) -> int:
         return len(self._boundaries) - 1
 
-    def start_bytes(self) -> np.ndarray:
-        """int64 [documents + 1]: where each document begins in the .bin, and its size."""
-        return np.append(self._pointers, self._file.bytes)[self._boundaries]
+    def even_edges(self, pieces: int) -> list[int]:
+        """Document numbers that divide the tokens about evenly, 0 and the count of documents included."""
+        wanted = self._file.bytes * np.arange(1, pieces) // pieces
+        sequences = np.searchsorted(self._pointers, wanted)
+        return sorted({0, *np.searchsorted(self._boundaries, sequences).tolist(), len(self)})
 
-    def ids(self, document: int) -> np.ndarray:
-        """[tokens] of one document, in the type in which they are stored."""
-        begin, end = (
-            int(self._pointers[sequence]) if sequence < len(self._pointers) else self._file.bytes
-            for sequence in self._boundaries[document : document + 2]
-        )
-        return self._tokens[begin:end].view(self.dtype)
+    def ids(self, begin: int, end: int) -> Iterator[tuple[np.ndarray, int]]:
+        """(ids [tokens] as stored, byte of the .bin at which they end) of the documents ``begin`` to ``end``."""
+        index = self._file.path.with_suffix(".idx").name
+        for block in range(begin, end, BLOCK_DOCUMENTS):
+            boundaries = self._boundaries[block : min(block + BLOCK_DOCUMENTS, end) + 1]
+            first, last = int(boundaries[0]), int(boundaries[-1])
+            if (np.diff(boundaries) < 0).any() or not 0 <= first <= last <= len(self._lengths):
+                raise ValueError(f"{index}: the boundaries of documents {block + 1} and following are out of order")
+            starts = self._pointers[first : last + 1]
+            if last == len(self._lengths):
+                starts = np.append(starts, self._file.bytes)
+            sizes = self._lengths[first:last].astype(np.int64) * self.dtype.itemsize
+            if (sizes < 0).any() or (np.diff(starts) != sizes).any() or (first == 0 and starts[0] != 0):
+                raise ValueError(
+                    f"{index}: the sequences behind document {block} do not follow one another in the .bin"
+                )
+            edges = starts[boundaries - first].tolist()
+            for start, stop in itertools.pairwise(edges):
+                yield self._tokens[start:stop].view(self.dtype), stop
 
 
 def megatron_documents(reading: Reading) -> Iterator[Document]:
     """The part's documents as token ids."""
     documents, part = MegatronDocuments(reading.file), reading.part
     place = Place(f"{reading.file.path}, document ")
-    done = documents.start_bytes()[1:]
-    for index in range(*((part.begin, part.end) if part else (0, len(documents)))):
-        ids = documents.ids(index)
+    begin, end = (part.begin, part.end) if part else (0, len(documents))
+    for number, (ids, stop) in enumerate(documents.ids(begin, end), start=begin + 1):
         if ids.dtype.kind == "i" and len(ids) and ids.min() < 0:
-            raise ValueError(f"{place.name(index + 1)} holds the token {ids.min()}, which is below 0")
-        yield Document(place, index + 1, "", None, None, ids, int(done[index]))
+            raise ValueError(f"{place.name(number)} holds the token {ids.min()}, which is below 0")
+        yield Document(place, number, "", None, None, ids, stop)

@@ -211,7 +211,8 @@ def jsonl_rows(reading: Reading) -> Iterator[Row]:
         return
     with open_bytes(reading.file) as stream:
         mark = check_start(reading.file, reading.options, stream.peek(4096))
-        begin, end = (reading.part.begin, reading.part.end) if reading.part else (0, None)
+        part = None if reading.file.compression else reading.part
+        begin, end = (part.begin, max(part.end, mark + 1)) if part else (0, None)  # the mark belongs to the first line
         if begin:
             stream.seek(begin - 1)
             while (skipped := stream.readline(CHUNK_BYTES)) and not skipped.endswith(b"\n"):
@@ -278,8 +279,7 @@ def _second_look(
     except json.JSONDecodeError as error:
         cut = stream is not None and is_cut(stream)
         if at_end and (cut or (text.lstrip().startswith("{") and _is_incomplete(text, error))):
-            stored = reading.file.bytes if reading.file.compression else position - len(line)
-            reading.cut(stored, f"the record at {reading.place.name(number)}")
+            reading.cut(position - len(line), f"the record at {reading.place.name(number)}")
             return None
         return BadRow("not JSON", f"the line is not JSON ({error})")
     return _lone_surrogate(row, reading) or row
@@ -287,6 +287,8 @@ def _second_look(
 
 def _is_incomplete(text: str, error: json.JSONDecodeError) -> bool:
     """Whether more text could make it JSON: the error is an open string, or half a literal or escape at the end."""
+    if error.msg == "Extra data":
+        return False
     rest = text[error.pos :]
     return (
         error.msg.startswith("Unterminated string")
@@ -340,7 +342,7 @@ def json_rows(reading: Reading) -> Iterator[Row]:
         row = window.record(reading.place.name(number)) if character else None
         if row is None:
             lost = f"record {number}" if character else "the end of the array"
-            reading.cut(window.stored_position(), lost)
+            reading.cut(window.position(), lost)
             return
         if not isinstance(row, dict):
             row = BadRow("not an object", f"it is a {type(row).__name__}, not an object with fields")
@@ -409,8 +411,6 @@ class _Window:
             self.at = stop
             return row
 
-    def stored_position(self) -> int:
-        """The byte of the file (its end, of a compressed one) at which the rest begins."""
-        if self._file.compression:
-            return self._file.bytes
+    def position(self) -> int:
+        """The byte of an uncompressed file at which the rest begins."""
         return self.bytes_read - len(self._text[self.at :].encode(self._codec))
