@@ -44,8 +44,8 @@ def validate_conversation(messages: Sequence[Message]) -> None:
             continue
         if role not in expected:
             raise ValueError(
-                f"message {number} is from {role!r} where {' or '.join(map(repr, expected))} should speak: user and "
-                "assistant must alternate, and tools answer an assistant's tool_calls"
+                f"message {number} is from {role!r} where {' or '.join(map(repr, expected))} should speak: turns "
+                "must alternate, and tools answer an assistant's tool_calls"
             )
         after_answer = ("tool",) if calls else ("user",)
         expected = {"assistant": after_answer, "tool": ("tool", "assistant")}.get(role, ("assistant",))
