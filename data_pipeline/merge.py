@@ -11,7 +11,7 @@ from data_pipeline.plan import Plan, PrepareOptions
 from data_pipeline.shard_writer import write_manifest
 from data_pipeline.sources import Ledger
 from data_pipeline.token_shards import TokenShards
-from data_pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from data_pipeline.tokenizer import tokenizer_fingerprint
 from data_pipeline.units import TOKENIZER, hashes_path, record_path
 
 BUCKET_HASHES = 2**24  # content hashes held in memory at a time: 128 MiB
@@ -37,16 +37,10 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
             files[file] = [one + other for one, other in zip(files[file], counts, strict=True)]
     ledger.refuse_unusable({file.label: counts[0] for file, counts in zip(plan.files, files, strict=True)})
     _require_documents(options, plan, records)
-    tokenizer = load_tokenizer(plan.output / TOKENIZER)
-    vocabulary = vocabulary_size(tokenizer)
     sha256 = tokenizer_fingerprint(plan.output / TOKENIZER)
-    header = {
-        "kind": plan.kind,
-        "tokenizer_sha256": sha256,
-        "vocabulary_size": vocabulary,
-        "special_ids": {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
-    }
+    header = {"kind": plan.kind, "tokenizer_sha256": sha256, **records[0]["tokenizer"]}
     trained = options.train_vocabulary is not None
+    vocabulary = header["vocabulary_size"]
     return {
         "kind": plan.kind,
         "options": _portable(options),

@@ -86,7 +86,10 @@ class UnitMaker:
 
         self._plan = plan
         tokenizer = load_tokenizer(plan.output / TOKENIZER)
-        self._vocabulary_size = vocabulary_size(tokenizer)
+        self._header: dict[str, Any] = {
+            "vocabulary_size": vocabulary_size(tokenizer),
+            "special_ids": {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
+        }
         self._encoder = _ChatEncoder(tokenizer) if plan.kind == "chat" else _TextEncoder(tokenizer, plan.engine)
         self.engine: str = self._encoder.engine
 
@@ -104,7 +107,7 @@ class UnitMaker:
         splits: dict[str, _Split] = {}
         try:
             for name in plan.splits:
-                splits[name] = _Split(plan, number, name, self._vocabulary_size, self._encoder)
+                splits[name] = _Split(plan, number, name, self._header["vocabulary_size"], self._encoder)
             record = self._fill(number, splits, report)
             for name, split in splits.items():
                 record["splits"][name] = split.finish()
@@ -140,6 +143,7 @@ class UnitMaker:
         return {
             "identity": self._plan.identity,
             "engine": self.engine,
+            "tokenizer": self._header,
             "splits": {},
             "files": [[file, *counts] for file, counts in files.items()],
             "empty_documents": empty,
