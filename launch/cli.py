@@ -144,6 +144,27 @@ def prepare(
 
 
 @app.command()
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(help="Prepared data or a split of it, a checkpoint, a run or an export.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Read everything in a folder and compare it with its checksums; the first damaged file is named.
+
+    Example: `trainyard verify data/reviews`
+    """
+    from launch.verify import verify as run_verify
+
+    with _answer(as_json) as answer:
+        with _progress("verify") as progress:
+            result = run_verify(directory, progress)
+        answer(result)
+        if not as_json:
+            _print_values({"whole": str(directory)} | result)
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from launch import cli
 
-COMMANDS = ("prepare", "train", "evaluate", "export", "generate", "chat")
+COMMANDS = ("prepare", "verify", "train", "evaluate", "export", "generate", "chat")
 
 
 def trainyard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
