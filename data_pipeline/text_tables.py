@@ -44,7 +44,7 @@ def text_documents(reading: Reading) -> Iterator[Document]:
         if pending_bytes > TEXT_BYTES:
             stop = _cut_point(pending)
             piece, pending = pending[:stop], pending[stop:]
-            pending_bytes = len(pending.encode(reading.options.codec))
+            pending_bytes = _stored_bytes(pending, reading.options.codec)
             yield _text_document(reading, piece, line, min(bytes_read, reading.file.bytes))
             line += piece.count("\n")
     if not pending and line == 1:
@@ -81,24 +81,33 @@ def _wide_lines(reading: Reading) -> Iterator[str]:
         yield pending
 
 
+def _stored_bytes(text: str, codec: str) -> int:
+    """The size of the text inside a file: without the mark that encoding it by itself would begin with."""
+    return len(text.encode(codec)) - len("".encode(codec))
+
+
 class _CsvLines:
     """Lines for csv.reader, which wants carriage returns as line ends too; remembers what a bad row needs to tell."""
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self.position = 0
+        self.position = len("".encode(reading.options.codec))
         self.row_bytes = 0  # of the lines handed out since the caller set it to 0
         self.undecodable = False  # a line since the caller set it to False is not valid in the encoding
         self.line_end = True  # the last line handed out has one
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._narrow() if keeps_ascii(self._reading.options.codec) else _wide_lines(self._reading):
+        for line in self._narrow() if keeps_ascii(self._reading.options.codec) else self._wide():
             self.row_bytes += len(line)
-            self.line_end = line.endswith(("\n", "\r"))
-            if "\r" in line[:-2]:
-                yield from io.StringIO(line, newline="")
-            else:
-                yield line
+            single = line.count("\r") <= line.endswith("\r\n")
+            for piece in (line,) if single else io.StringIO(line, newline=""):
+                self.line_end = piece.endswith(("\n", "\r"))
+                yield piece
+
+    def _wide(self) -> Iterator[str]:
+        for line in _wide_lines(self._reading):
+            self.position += _stored_bytes(line, self._reading.options.codec)
+            yield line
 
     def _narrow(self) -> Iterator[str]:
         reading, options = self._reading, self._reading.options
@@ -207,7 +216,7 @@ def jsonl_rows(reading: Reading) -> Iterator[Row]:
     codec = reading.options.codec
     if not keeps_ascii(codec):
         reading.place = Place(f"{reading.file.path}:")
-        yield from _rows_of_lines(reading, _wide_lines(reading), None, 0)
+        yield from _rows_of_lines(reading, _wide_lines(reading), None, len("".encode(codec)))
         return
     with open_bytes(reading.file) as stream:
         mark = check_start(reading.file, reading.options, stream.peek(4096))
@@ -240,13 +249,13 @@ def _rows_of_lines(
     for number, line in enumerate(lines, start=1):
         if end is not None and position >= end:
             return
-        position += len(line)
+        begin, position = position, position + (len(line) if stream is not None else _stored_bytes(line, codec))
         try:
             row = orjson.loads(line.decode(codec) if to_decode else line)
         except ValueError:
             if not line.strip():
                 continue
-            row = _second_look(reading, line, number, stream, position)
+            row = _second_look(reading, line, number, stream, begin)
             if row is None:
                 return
         if type(row) is not dict and type(row) is not BadRow:
@@ -254,9 +263,7 @@ def _rows_of_lines(
         yield number, row, position if compressed is None else position_in_file(compressed)
 
 
-def _second_look(
-    reading: Reading, line: bytes | str, number: int, stream: io.BufferedReader | None, position: int
-) -> Any:
+def _second_look(reading: Reading, line: bytes | str, number: int, stream: io.BufferedReader | None, begin: int) -> Any:
     """What a line holds that orjson refuses (NaN is fine for us), or a BadRow, or None where the file is cut in it."""
     if len(line) >= MAX_RECORD_BYTES:
         raise ValueError(
@@ -279,7 +286,7 @@ def _second_look(
     except json.JSONDecodeError as error:
         cut = stream is not None and is_cut(stream)
         if at_end and (cut or (text.lstrip().startswith("{") and _is_incomplete(text, error))):
-            reading.cut(position - len(line), f"the record at {reading.place.name(number)}")
+            reading.cut(begin, f"the record at {reading.place.name(number)}")
             return None
         return BadRow("not JSON", f"the line is not JSON ({error})")
     return _lone_surrogate(row, reading) or row
@@ -413,4 +420,4 @@ class _Window:
 
     def position(self) -> int:
         """The byte of an uncompressed file at which the rest begins."""
-        return self.bytes_read - len(self._text[self.at :].encode(self._codec))
+        return self.bytes_read - _stored_bytes(self._text[self.at :], self._codec)

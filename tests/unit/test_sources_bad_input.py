@@ -91,7 +91,7 @@ def _cut_file(path: Path, ledger: Ledger | None = None) -> list[Any]:
 @pytest.mark.parametrize("extension", list(COMPRESS))
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
 def test_compressed_files_cut_short_give_what_precedes_the_cut(tmp_path: Path, name: str, extension: str) -> None:
-    texts = [f"{number}: {os.urandom(20).hex()} é" for number in range(50_000 if extension == ".bz2" else 5000)]
+    texts = [f"{number}: {os.urandom(20).hex()} é" for number in range(8000)]
     rows = [{"text": text} for text in texts]
     content = {
         "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
@@ -162,6 +162,19 @@ def test_last_records_cut_in_the_middle(
     (cut,) = ledger.cut_short
     assert cut["position"] == position
     assert re.fullmatch(lost, cut["lost"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "gb18030"])
+def test_cuts_in_other_encodings_have_their_byte(tmp_path: Path, encoding: str) -> None:
+    for name, whole, rest in (
+        ("a.jsonl", '{"text": "你"}\n{"text": "y"}\n', '{"text": "c'),
+        ("a.json", '[{"text": "你"}, {"text": "y"}, ', '{"text": "c'),
+        ("a.csv", 'id,text\n1,"你"\n2,y\n', "3"),
+    ):
+        (tmp_path / name).write_bytes((whole + rest).encode(encoding))
+        ledger = Ledger()
+        assert read(tmp_path / name, ledger=ledger, encoding=encoding) == ["你", "y"]
+        assert [cut["position"] for cut in ledger.cut_short] == [len(whole.encode(encoding))]
 
 
 def test_a_last_line_that_is_wrong_rather_than_cut_is_an_error(tmp_path: Path) -> None:
