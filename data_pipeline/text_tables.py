@@ -26,7 +26,8 @@ from data_pipeline.documents import MAX_RECORD_BYTES, BadRow, Document, Place, R
 
 DELIMITERS = (",", ";", "\t", "|")
 TEXT_BYTES = 16 * 2**20  # a text file above this becomes several documents
-LARGEST_CUT_BYTES = TEXT_BYTES  # a quote left open for longer is more likely a stray one than the row that was cut
+BLOCK_BYTES = 2**16
+LARGEST_CUT_CHARACTERS = 2**24  # a quote left open for longer is more likely a stray one than the row that was cut
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -83,7 +84,7 @@ def _wide_lines(reading: Reading) -> Iterator[str]:
 
 def _stored_bytes(text: str, codec: str) -> int:
     """The size of the text inside a file: without the mark that encoding it by itself would begin with."""
-    return len(text.encode(codec)) - len("".encode(codec))
+    return len(text.encode(codec, "surrogateescape")) - len("".encode(codec))
 
 
 class _CsvLines:
@@ -91,47 +92,62 @@ class _CsvLines:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self.position = len("".encode(reading.options.codec))
-        self.row_bytes = 0  # of the lines handed out since the caller set it to 0
+        self.position = 0  # how far the file is read
+        self.row: list[str] = []  # the lines handed out since the caller emptied it
         self.undecodable = False  # a line since the caller set it to False is not valid in the encoding
-        self.line_end = True  # the last line handed out has one
+        self._half_character_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._narrow() if keeps_ascii(self._reading.options.codec) else self._wide():
-            self.row_bytes += len(line)
-            single = line.count("\r") <= line.endswith("\r\n")
-            for piece in (line,) if single else io.StringIO(line, newline=""):
-                self.line_end = piece.endswith(("\n", "\r"))
-                yield piece
+        for text in self._blocks() if keeps_ascii(self._reading.options.codec) else _wide_lines(self._reading):
+            for line in io.StringIO(text, newline=""):
+                self.row.append(line)
+                yield line
 
-    def _wide(self) -> Iterator[str]:
-        for line in _wide_lines(self._reading):
-            self.position += _stored_bytes(line, self._reading.options.codec)
-            yield line
+    def at_end(self) -> bool:
+        """Whether the last line handed out is the file's last and has no line end."""
+        return bool(self.row) and not self.row[-1].endswith(("\n", "\r"))
 
-    def _narrow(self) -> Iterator[str]:
+    def begin_of_row(self) -> int:
+        """The byte at which the row begins that is the file's last."""
+        lost = _stored_bytes("".join(self.row), self._reading.options.codec)
+        return self._reading.file.bytes - lost - self._half_character_bytes
+
+    def _blocks(self) -> Iterator[str]:
+        """Whole lines, many at a time; single ones where some are not valid in the encoding."""
         reading, options = self._reading, self._reading.options
         with open_bytes(reading.file) as stream:
-            mark = check_start(reading.file, options, stream.peek(4096))
-            stream.read(mark)
+            stream.read(check_start(reading.file, options, stream.peek(4096)))
             at_start = True
-            for data in iter(partial(stream.readline, MAX_RECORD_BYTES), b""):
+            while data := stream.read(BLOCK_BYTES):
+                if not data.endswith(b"\n"):
+                    data += stream.readline(MAX_RECORD_BYTES)
+                if len(data) > MAX_RECORD_BYTES + BLOCK_BYTES - 1:
+                    raise ValueError(f"{reading.file.path} has a line of more than {MAX_RECORD_BYTES // 2**20} MiB")
                 self.position = position_in_file(stream)
-                if not data.endswith(b"\n"):  # only at the end of the file is there such a line
-                    reading.stream_cut = is_cut(stream)
+                whole = data.endswith(b"\n")  # else the file ends here, maybe inside a character
+                decoder = codecs.getincrementaldecoder(options.codec)()
                 try:
-                    line = data.decode(options.codec)
+                    text = decoder.decode(data, whole)
                 except UnicodeError:
-                    if reading.stream_cut:
-                        return  # in the middle of a character
                     if not options.skip_bad_rows:
                         raise undecodable(reading.file, options.encoding) from None
-                    line = data.decode(options.codec, "surrogateescape")
-                    self.undecodable = True
-                if at_start:
-                    line, at_start = line.removeprefix("\ufeff"), False
-                yield line
-            reading.stream_cut = is_cut(stream)
+                    yield from self._lines_one_by_one(data)
+                else:
+                    self._half_character_bytes = len(decoder.getstate()[0])
+                    reading.stream_cut = is_cut(stream) or self._half_character_bytes > 0
+                    yield text.removeprefix("\ufeff") if at_start else text
+                at_start = False
+            reading.stream_cut = reading.stream_cut or is_cut(stream)
+
+    def _lines_one_by_one(self, data: bytes) -> Iterator[str]:
+        codec = self._reading.options.codec
+        for line in io.BytesIO(data):
+            try:
+                text = line.decode(codec)
+            except UnicodeError:
+                text = line.decode(codec, "surrogateescape")
+                self.undecodable = True
+            yield text
 
 
 # CSV
@@ -173,13 +189,14 @@ def csv_rows(reading: Reading, delimiter: str, names: list[str]) -> Iterator[Row
     header_seen = False
     while True:
         line = reader.line_num + 1
-        position = lines.position
-        lines.row_bytes, lines.undecodable = 0, False
+        lines.row.clear()
+        lines.undecodable = False
         try:
             row = next(reader, None)
         except csv.Error as error:
-            if not lines.line_end and "unexpected end of data" in str(error) and lines.row_bytes <= LARGEST_CUT_BYTES:
-                reading.cut(position, f"the row at line {line}, which ends inside a quote")
+            short = sum(map(len, lines.row)) <= LARGEST_CUT_CHARACTERS
+            if lines.at_end() and "unexpected end of data" in str(error) and short:
+                reading.cut(lines.begin_of_row(), f"the row at line {line}, which ends inside a quote")
                 return
             raise ValueError(
                 f"{reading.place.name(line)}: the row is not valid CSV ({error}); a quote inside a quoted field is "
@@ -189,11 +206,10 @@ def csv_rows(reading: Reading, delimiter: str, names: list[str]) -> Iterator[Row
             return
         if not row:
             continue  # an empty line is no row
-        at_end = not lines.line_end
         if not header_seen:
             header_seen = True
-        elif at_end and (reading.stream_cut or len(row) < len(names)):
-            reading.cut(position, f"the row at line {line}, which has {len(row)} of {len(names)} fields")
+        elif lines.at_end() and (reading.stream_cut or len(row) < len(names)):
+            reading.cut(lines.begin_of_row(), f"the row at line {line}, which has {len(row)} of {len(names)} fields")
             return
         elif len(row) != len(names):
             wrong = f"the row has {len(row)} fields, the header has {len(names)}"

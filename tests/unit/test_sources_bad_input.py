@@ -149,6 +149,7 @@ def test_damage_inside_compressed_data_is_refused(tmp_path: Path, extension: str
         ("a.json", '[{"text": "x"}, {"text": "y"}, ', "the end of the array", 31),
         ("a.json", '[{"text": "x"}, {"text": "y"}', "the end of the array", 29),
         ("a.csv", 'id,text\n1,x\n2,y\n3,"cut in\n the ', "the row at line 4, which ends inside a quote", 16),
+        ("a.csv", b"id,text\n1,x\n2,y\n3,cut \xe4\xbd", "the row at line 4, which has 2 of 2 fields", 16),
         ("a.csv", "id,text\n1,x\n2,y\n3", "the row at line 4, which has 1 of 2 fields", 16),
     ],
 )
@@ -201,7 +202,7 @@ def test_a_file_cut_in_its_first_record_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_open_quote_that_swallows_too_much_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.text_tables.LARGEST_CUT_BYTES", 1000)
+    monkeypatch.setattr("data_pipeline.text_tables.LARGEST_CUT_CHARACTERS", 1000)
     (tmp_path / "a.csv").write_text('id,text\n1,x\n2,"y\n' + "3,z\n" * 500 + "4,end")
     with pytest.raises(ValueError, match=r"a\.csv:3: the row is not valid CSV"):
         read(tmp_path / "a.csv", ledger=Ledger())
@@ -247,7 +248,7 @@ def test_a_line_of_50_mb(tmp_path: Path, name: str) -> None:
         assert growth < 120 * MIB
     else:
         assert (documents, longest) == (3, 50_000_000)
-        assert growth < 400 * MIB
+        assert growth < (700 if name == "a.csv" else 400) * MIB  # Python's csv and io hold four bytes a character
 
 
 @pytest.mark.parametrize("container", ["parquet", "arrow"])
