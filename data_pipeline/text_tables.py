@@ -125,6 +125,7 @@ class _CsvLines:
                     raise ValueError(f"{reading.file.path} has a line of more than {MAX_RECORD_BYTES // 2**20} MiB")
                 self.position = position_in_file(stream)
                 whole = data.endswith(b"\n")  # else the file ends here, maybe inside a character
+                reading.stream_cut = is_cut(stream)
                 decoder = codecs.getincrementaldecoder(options.codec)()
                 try:
                     text = decoder.decode(data, whole)
@@ -134,10 +135,10 @@ class _CsvLines:
                     yield from self._lines_one_by_one(data)
                 else:
                     self._half_character_bytes = len(decoder.getstate()[0])
-                    reading.stream_cut = is_cut(stream) or self._half_character_bytes > 0
+                    reading.stream_cut |= self._half_character_bytes > 0
                     yield text.removeprefix("\ufeff") if at_start else text
                 at_start = False
-            reading.stream_cut = reading.stream_cut or is_cut(stream)
+            reading.stream_cut |= is_cut(stream)
 
     def _lines_one_by_one(self, data: bytes) -> Iterator[str]:
         codec = self._reading.options.codec

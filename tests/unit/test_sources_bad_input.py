@@ -271,6 +271,7 @@ def test_column_stores_are_read_in_bounded_memory(tmp_path: Path, container: str
         ("a.jsonl", '{"text": "x"}\n{"text": "' + "y" * 3000, r"a\.jsonl:2: the line is longer than \d+ MiB"),
         ("a.json", '[{"text": "x"}, {"text": "' + "y" * 3000, r"a\.json, record 2 is longer than \d+ MiB, or a quote"),
         ("a.csv", 'id,text\n1,x\n2,"' + "y\n" * 2000, r"a\.csv:3: the row is not valid CSV \(field larger than"),
+        ("a.csv", "id,text\n1," + "é" * 40_000 + "\n", r"a\.csv has a line of more than \d+ MiB"),
     ],
 )
 def test_a_record_without_an_end_is_refused_before_it_fills_the_memory(
