@@ -95,7 +95,6 @@ class _CsvLines:
         self.position = 0  # how far the file is read
         self.row: list[str] = []  # the lines handed out since the caller emptied it
         self.undecodable = False  # a line since the caller set it to False is not valid in the encoding
-        self._half_character_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
         for text in self._blocks() if keeps_ascii(self._reading.options.codec) else _wide_lines(self._reading):
@@ -110,7 +109,7 @@ class _CsvLines:
     def begin_of_row(self) -> int:
         """The byte at which the row begins that is the file's last."""
         lost = _stored_bytes("".join(self.row), self._reading.options.codec)
-        return self._reading.file.bytes - lost - self._half_character_bytes
+        return self._reading.file.bytes - lost - self._reading.half_character_bytes
 
     def _blocks(self) -> Iterator[str]:
         """Whole lines, many at a time; single ones where some are not valid in the encoding."""
@@ -134,8 +133,8 @@ class _CsvLines:
                         raise undecodable(reading.file, options.encoding) from None
                     yield from self._lines_one_by_one(data)
                 else:
-                    self._half_character_bytes = len(decoder.getstate()[0])
-                    reading.stream_cut |= self._half_character_bytes > 0
+                    reading.half_character_bytes = len(decoder.getstate()[0])
+                    reading.stream_cut |= reading.half_character_bytes > 0
                     yield text.removeprefix("\ufeff") if at_start else text
                 at_start = False
             reading.stream_cut |= is_cut(stream)
@@ -317,7 +316,7 @@ def _is_incomplete(text: str, error: json.JSONDecodeError) -> bool:
     return (
         error.msg.startswith("Unterminated string")
         or not rest.strip()
-        or re.fullmatch(r"[\\\w-]{1,9}", rest) is not None
+        or re.fullmatch(r"[\\\w.+-]{1,9}", rest) is not None
     )
 
 
@@ -382,7 +381,7 @@ class _Window:
     """The part of a text between the record being decoded and what has been read so far."""
 
     def __init__(self, reading: Reading) -> None:
-        self._file, self._codec = reading.file, reading.options.codec
+        self._reading = reading
         self._chunks = text_chunks(reading)
         self._decoder = json.JSONDecoder()
         self._text = ""
@@ -397,7 +396,7 @@ class _Window:
         while wanted > 0 and (chunk := next(self._chunks, None)):
             pieces.append(chunk[0])
             wanted -= len(chunk[0])
-            self.bytes_read = min(self.bytes_read + chunk[1], self._file.bytes)
+            self.bytes_read = min(self.bytes_read + chunk[1], self._reading.file.bytes)
         self._text = "".join(pieces)
         return len(pieces) > 1
 
@@ -437,4 +436,5 @@ class _Window:
 
     def position(self) -> int:
         """The byte of an uncompressed file at which the rest begins."""
-        return self.bytes_read - _stored_bytes(self._text[self.at :], self._codec)
+        left = _stored_bytes(self._text[self.at :], self._reading.options.codec)
+        return self.bytes_read - left - self._reading.half_character_bytes

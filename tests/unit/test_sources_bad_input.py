@@ -120,7 +120,7 @@ def test_compressed_files_cut_in_their_last_bytes(tmp_path: Path, extension: str
     path.write_bytes(COMPRESS[extension](b'{"text": "x"}\n')[:-1])
     ledger = Ledger()
     assert _cut_file(path, ledger) == ["x"]
-    assert ledger.cut_short[0]["lost"] == "what followed in the compressed file"
+    assert ledger.cut_short[0]["lost"] == "what followed"
 
 
 @pytest.mark.parametrize("extension", list(COMPRESS))
@@ -163,6 +163,31 @@ def test_last_records_cut_in_the_middle(
     (cut,) = ledger.cut_short
     assert cut["position"] == position
     assert re.fullmatch(lost, cut["lost"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "gb18030"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz"])
+def test_a_cut_at_any_byte_gives_the_records_before_it(tmp_path: Path, name: str, encoding: str) -> None:
+    texts = ["first", '你好 "q" \\ \n', "😀 end", ""]
+    rows = [{"n": -1.5e-3, "text": text, "o": {"k": [True, None]}} for text in texts]
+    lines = [json.dumps(row, ensure_ascii=number == 0) for number, row in enumerate(rows)]
+    content = ("".join(line + "\n" for line in lines) if name == "a.jsonl" else json.dumps(rows)).encode(encoding)
+    content = gzip.compress(content, 0) if name.endswith(".gz") else content
+    path, noted = tmp_path / name, 0
+    for size in range(1, len(content) + 1):
+        path.write_bytes(content[:size])
+        ledger = Ledger()
+        try:
+            found = read(path, ledger=ledger, encoding=encoding)
+        except ValueError as error:
+            nothing = "no record that can be used|neither one JSON array|nothing of .* can be used"
+            assert re.search(nothing, str(error)), (size, error)
+            continue
+        assert found == texts[: len(found)]
+        assert len(ledger.cut_short) <= 1
+        assert size < len(content) or (found == texts and ledger == Ledger())
+        noted += len(ledger.cut_short)
+    assert noted > len(content) / 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "gb18030"])
