@@ -145,7 +145,7 @@ def _utf16_by_zeros(sample: bytes) -> str | None:
 def text_chunks(reading: Reading) -> Iterator[tuple[str, int]]:
     """(text, bytes it was) in pieces of about a MiB, line ends as they are, without a byte-order mark.
 
-    Sets ``reading.stream_cut`` at the end where the compressed stream was cut; half a character is dropped then.
+    Sets ``reading.stream_cut`` at the end where the compressed stream, or the last character of a table, was cut.
     """
     file, options = reading.file, reading.options
     with open_bytes(file) as stream:
@@ -160,9 +160,11 @@ def text_chunks(reading: Reading) -> Iterator[tuple[str, int]]:
                     text, at_start = text.removeprefix("\ufeff"), False
                 if text:
                     yield text, len(data)
+            reading.half_character_bytes = len(decoder.getstate()[0])
             reading.stream_cut = is_cut(stream)
-            if not reading.stream_cut:
-                decoder.decode(b"", True)
+            if not reading.stream_cut and file.container == "text":
+                decoder.decode(b"", True)  # a plain text has no records that would show where it was cut
+            reading.stream_cut |= reading.half_character_bytes > 0
         except UnicodeError:
             raise undecodable(file, options.encoding) from None
 

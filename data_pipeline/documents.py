@@ -184,7 +184,8 @@ class Reading:
         self.part = part
         self.ledger = ledger
         self.fields: tuple[str, ...] = ()  # the columns needed; readers of column stores read no others
-        self.stream_cut = False  # a compressed stream ended early
+        self.stream_cut = False  # the content ended early: in a compressed stream or inside a character
+        self.half_character_bytes = 0  # at the end of the content
         self._cut_noted = False
         self.place = Place(file.label)
 
@@ -210,4 +211,4 @@ class Reading:
     def finish(self) -> None:
         """To be called at the end: notes a cut that fell between two rows."""
         if self.stream_cut and not self._cut_noted:
-            self.cut(self.file.bytes, "what followed in the compressed file")
+            self.cut(self.file.bytes, "what followed")

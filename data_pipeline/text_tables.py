@@ -26,7 +26,8 @@ from data_pipeline.documents import MAX_RECORD_BYTES, BadRow, Document, Place, R
 
 DELIMITERS = (",", ";", "\t", "|")
 TEXT_BYTES = 16 * 2**20  # a text file above this becomes several documents
-LARGEST_CUT_BYTES = TEXT_BYTES  # a quote left open for longer is more likely a stray one than the row that was cut
+BLOCK_BYTES = 2**16
+LARGEST_CUT_CHARACTERS = 2**24  # a quote left open for longer is more likely a stray one than the row that was cut
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -44,7 +45,7 @@ def text_documents(reading: Reading) -> Iterator[Document]:
         if pending_bytes > TEXT_BYTES:
             stop = _cut_point(pending)
             piece, pending = pending[:stop], pending[stop:]
-            pending_bytes = len(pending.encode(reading.options.codec))
+            pending_bytes = _stored_bytes(pending, reading.options.codec)
             yield _text_document(reading, piece, line, min(bytes_read, reading.file.bytes))
             line += piece.count("\n")
     if not pending and line == 1:
@@ -81,48 +82,72 @@ def _wide_lines(reading: Reading) -> Iterator[str]:
         yield pending
 
 
+def _stored_bytes(text: str, codec: str) -> int:
+    """The size of the text inside a file: without the mark that encoding it by itself would begin with."""
+    return len(text.encode(codec, "surrogateescape")) - len("".encode(codec))
+
+
 class _CsvLines:
     """Lines for csv.reader, which wants carriage returns as line ends too; remembers what a bad row needs to tell."""
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self.position = 0
-        self.row_bytes = 0  # of the lines handed out since the caller set it to 0
+        self.position = 0  # how far the file is read
+        self.row: list[str] = []  # the lines handed out since the caller emptied it
         self.undecodable = False  # a line since the caller set it to False is not valid in the encoding
-        self.line_end = True  # the last line handed out has one
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._narrow() if keeps_ascii(self._reading.options.codec) else _wide_lines(self._reading):
-            self.row_bytes += len(line)
-            self.line_end = line.endswith(("\n", "\r"))
-            if "\r" in line[:-2]:
-                yield from io.StringIO(line, newline="")
-            else:
+        for text in self._blocks() if keeps_ascii(self._reading.options.codec) else _wide_lines(self._reading):
+            for line in io.StringIO(text, newline=""):
+                self.row.append(line)
                 yield line
 
-    def _narrow(self) -> Iterator[str]:
+    def at_end(self) -> bool:
+        """Whether the last line handed out is the file's last and has no line end."""
+        return bool(self.row) and not self.row[-1].endswith(("\n", "\r"))
+
+    def begin_of_row(self) -> int:
+        """The byte at which the row begins that is the file's last."""
+        lost = _stored_bytes("".join(self.row), self._reading.options.codec)
+        return self._reading.file.bytes - lost - self._reading.half_character_bytes
+
+    def _blocks(self) -> Iterator[str]:
+        """Whole lines, many at a time; single ones where some are not valid in the encoding."""
         reading, options = self._reading, self._reading.options
         with open_bytes(reading.file) as stream:
-            mark = check_start(reading.file, options, stream.peek(4096))
-            stream.read(mark)
+            stream.read(check_start(reading.file, options, stream.peek(4096)))
             at_start = True
-            for data in iter(partial(stream.readline, MAX_RECORD_BYTES), b""):
+            while data := stream.read(BLOCK_BYTES):
+                if not data.endswith(b"\n"):
+                    data += stream.readline(MAX_RECORD_BYTES)
+                if len(data) > MAX_RECORD_BYTES + BLOCK_BYTES - 1:
+                    raise ValueError(f"{reading.file.path} has a line of more than {MAX_RECORD_BYTES // 2**20} MiB")
                 self.position = position_in_file(stream)
-                if not data.endswith(b"\n"):  # only at the end of the file is there such a line
-                    reading.stream_cut = is_cut(stream)
+                whole = data.endswith(b"\n")  # else the file ends here, maybe inside a character
+                reading.stream_cut = is_cut(stream)
+                decoder = codecs.getincrementaldecoder(options.codec)()
                 try:
-                    line = data.decode(options.codec)
+                    text = decoder.decode(data, whole)
                 except UnicodeError:
-                    if reading.stream_cut:
-                        return  # in the middle of a character
                     if not options.skip_bad_rows:
                         raise undecodable(reading.file, options.encoding) from None
-                    line = data.decode(options.codec, "surrogateescape")
-                    self.undecodable = True
-                if at_start:
-                    line, at_start = line.removeprefix("\ufeff"), False
-                yield line
-            reading.stream_cut = is_cut(stream)
+                    yield from self._lines_one_by_one(data)
+                else:
+                    reading.half_character_bytes = len(decoder.getstate()[0])
+                    reading.stream_cut |= reading.half_character_bytes > 0
+                    yield text.removeprefix("\ufeff") if at_start else text
+                at_start = False
+            reading.stream_cut |= is_cut(stream)
+
+    def _lines_one_by_one(self, data: bytes) -> Iterator[str]:
+        codec = self._reading.options.codec
+        for line in io.BytesIO(data):
+            try:
+                text = line.decode(codec)
+            except UnicodeError:
+                text = line.decode(codec, "surrogateescape")
+                self.undecodable = True
+            yield text
 
 
 # CSV
@@ -164,13 +189,14 @@ def csv_rows(reading: Reading, delimiter: str, names: list[str]) -> Iterator[Row
     header_seen = False
     while True:
         line = reader.line_num + 1
-        position = lines.position
-        lines.row_bytes, lines.undecodable = 0, False
+        lines.row.clear()
+        lines.undecodable = False
         try:
             row = next(reader, None)
         except csv.Error as error:
-            if not lines.line_end and "unexpected end of data" in str(error) and lines.row_bytes <= LARGEST_CUT_BYTES:
-                reading.cut(position, f"the row at line {line}, which ends inside a quote")
+            short = sum(map(len, lines.row)) <= LARGEST_CUT_CHARACTERS
+            if lines.at_end() and "unexpected end of data" in str(error) and short:
+                reading.cut(lines.begin_of_row(), f"the row at line {line}, which ends inside a quote")
                 return
             raise ValueError(
                 f"{reading.place.name(line)}: the row is not valid CSV ({error}); a quote inside a quoted field is "
@@ -180,11 +206,10 @@ def csv_rows(reading: Reading, delimiter: str, names: list[str]) -> Iterator[Row
             return
         if not row:
             continue  # an empty line is no row
-        at_end = not lines.line_end
         if not header_seen:
             header_seen = True
-        elif at_end and (reading.stream_cut or len(row) < len(names)):
-            reading.cut(position, f"the row at line {line}, which has {len(row)} of {len(names)} fields")
+        elif lines.at_end() and (reading.stream_cut or len(row) < len(names)):
+            reading.cut(lines.begin_of_row(), f"the row at line {line}, which has {len(row)} of {len(names)} fields")
             return
         elif len(row) != len(names):
             wrong = f"the row has {len(row)} fields, the header has {len(names)}"
@@ -207,7 +232,7 @@ def jsonl_rows(reading: Reading) -> Iterator[Row]:
     codec = reading.options.codec
     if not keeps_ascii(codec):
         reading.place = Place(f"{reading.file.path}:")
-        yield from _rows_of_lines(reading, _wide_lines(reading), None, 0)
+        yield from _rows_of_lines(reading, _wide_lines(reading), None, len("".encode(codec)))
         return
     with open_bytes(reading.file) as stream:
         mark = check_start(reading.file, reading.options, stream.peek(4096))
@@ -240,13 +265,13 @@ def _rows_of_lines(
     for number, line in enumerate(lines, start=1):
         if end is not None and position >= end:
             return
-        position += len(line)
+        begin, position = position, position + (len(line) if stream is not None else _stored_bytes(line, codec))
         try:
             row = orjson.loads(line.decode(codec) if to_decode else line)
         except ValueError:
             if not line.strip():
                 continue
-            row = _second_look(reading, line, number, stream, position)
+            row = _second_look(reading, line, number, stream, begin)
             if row is None:
                 return
         if type(row) is not dict and type(row) is not BadRow:
@@ -254,9 +279,7 @@ def _rows_of_lines(
         yield number, row, position if compressed is None else position_in_file(compressed)
 
 
-def _second_look(
-    reading: Reading, line: bytes | str, number: int, stream: io.BufferedReader | None, position: int
-) -> Any:
+def _second_look(reading: Reading, line: bytes | str, number: int, stream: io.BufferedReader | None, begin: int) -> Any:
     """What a line holds that orjson refuses (NaN is fine for us), or a BadRow, or None where the file is cut in it."""
     if len(line) >= MAX_RECORD_BYTES:
         raise ValueError(
@@ -279,7 +302,7 @@ def _second_look(
     except json.JSONDecodeError as error:
         cut = stream is not None and is_cut(stream)
         if at_end and (cut or (text.lstrip().startswith("{") and _is_incomplete(text, error))):
-            reading.cut(position - len(line), f"the record at {reading.place.name(number)}")
+            reading.cut(begin, f"the record at {reading.place.name(number)}")
             return None
         return BadRow("not JSON", f"the line is not JSON ({error})")
     return _lone_surrogate(row, reading) or row
@@ -293,7 +316,7 @@ def _is_incomplete(text: str, error: json.JSONDecodeError) -> bool:
     return (
         error.msg.startswith("Unterminated string")
         or not rest.strip()
-        or re.fullmatch(r"[\\\w-]{1,9}", rest) is not None
+        or re.fullmatch(r"[\\\w.+-]{1,9}", rest) is not None
     )
 
 
@@ -358,7 +381,7 @@ class _Window:
     """The part of a text between the record being decoded and what has been read so far."""
 
     def __init__(self, reading: Reading) -> None:
-        self._file, self._codec = reading.file, reading.options.codec
+        self._reading = reading
         self._chunks = text_chunks(reading)
         self._decoder = json.JSONDecoder()
         self._text = ""
@@ -373,7 +396,7 @@ class _Window:
         while wanted > 0 and (chunk := next(self._chunks, None)):
             pieces.append(chunk[0])
             wanted -= len(chunk[0])
-            self.bytes_read = min(self.bytes_read + chunk[1], self._file.bytes)
+            self.bytes_read = min(self.bytes_read + chunk[1], self._reading.file.bytes)
         self._text = "".join(pieces)
         return len(pieces) > 1
 
@@ -413,4 +436,5 @@ class _Window:
 
     def position(self) -> int:
         """The byte of an uncompressed file at which the rest begins."""
-        return self.bytes_read - len(self._text[self.at :].encode(self._codec))
+        left = _stored_bytes(self._text[self.at :], self._reading.options.codec)
+        return self.bytes_read - left - self._reading.half_character_bytes

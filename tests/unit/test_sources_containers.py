@@ -6,6 +6,7 @@ import json
 import lzma
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from data_pipeline.sources import (
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
-    ".bz2": bz2.compress,
+    ".bz2": partial(bz2.compress, compresslevel=1),  # small blocks
     ".xz": lzma.compress,
 }
 TEXTS = [f"document {number}: naïve 你好 " + "word " * (number % 50) for number in range(3000)]
@@ -57,6 +58,14 @@ def test_streams_one_after_another_are_one_file(tmp_path: Path, extension: str) 
     compress, path = COMPRESS[extension], tmp_path / f"a.txt{extension}"
     path.write_bytes(compress(b"one\n") + compress(b"two\n" * 100_000) + b"\0" * 8 + compress(b"three"))
     assert read(path) == ["one\n" + "two\n" * 100_000 + "three"]
+
+
+def test_csv_with_carriage_returns_as_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'id,text\r1,"one\rline"\r2,two\r3,x')
+    assert read(tmp_path / "a.csv") == ["one\rline", "two", "x"]
+    (tmp_path / "a.csv").write_bytes(b"id,text\r1,one\r2\r3,three")
+    with pytest.raises(ValueError, match=r"a\.csv:3: the row has 1 fields"):
+        read(tmp_path / "a.csv", ledger=Ledger())
 
 
 def test_zstandard_with_a_skippable_frame_and_a_long_window(tmp_path: Path) -> None:
