@@ -307,6 +307,9 @@ def test_tiktoken_refuses_added_tokens_and_takes_no_merge_that_tokenizers_do_not
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     texts = ["abc", "abcc", "ab", "aabbcc", "cabcab"]
     assert as_lists(open_engine(wrapped(backend), "tiktoken").encode(texts)) == oracle_ids(wrapped(backend), texts)
+    backend.model = models.BPE(vocab=vocabulary, merges=[*definition["merges"], ("a", "bc")])
+    with pytest.raises(ValueError, match="several of its merges give the same token"):
+        open_engine(wrapped(backend), "tiktoken")
     backend.model = models.BPE(**definition, ignore_merges=True)
     with pytest.raises(ValueError, match="no merges lead to its token 'abc'"):
         open_engine(wrapped(backend), "tiktoken")
