@@ -23,7 +23,7 @@ from data_pipeline.tokenizer import plain_text_encoder, special_token_texts
 ENGINES = ("gigatoken", "tiktoken", "huggingface")  # the fastest first
 SAMPLE_TEXTS = 1000  # one text in so many is compared with the oracle, ...
 SAMPLE_CHARACTERS = 2**22  # ... and the first text of a batch after so many characters: the oracle is 60 times slower
-SAMPLE_LONGEST = 2**14  # of a longer text its beginning is encoded by both
+SAMPLE_LONGEST = 2**12  # of a longer text its beginning is encoded by both
 CACHE_TEXT_BYTES = 2 * 10**9  # gigatoken 0.10 never empties its cache, whose 32-bit offsets would overflow one day
 CACHE_MEMORY_BYTES = 2**29
 LONGEST_RUN = 250_000  # characters of white space; a run of a million overflows the stack of tiktoken's regex engine
@@ -38,6 +38,7 @@ UNICODE_17 = (
     *((0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3), (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E)),
     *((0x18D80, 0x18DF2), (0x1E6C0, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479)),
 )
+FIRST_UNASSIGNED = 0x378
 _ASSIGNED_PLANES = 0x40000  # no plane between 3 and 14 has characters, and 14 to 16 have neither letters nor numbers
 
 Ids = tuple[
@@ -124,7 +125,8 @@ class _ComparedEngine(Engine):
 
     def _is_contested(self, text: str) -> bool:
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        if _new_characters()[np.minimum(codes, _ASSIGNED_PLANES)].any():
+        rare = codes[np.flatnonzero(codes >= FIRST_UNASSIGNED)]
+        if _new_characters()[np.minimum(rare, _ASSIGNED_PLANES)].any():
             return True
         # Normal forms of different Unicode versions differ, but never for a text that is in its normal form.
         return self._normalizes and not unicodedata.is_normalized("NFC", text)

@@ -146,7 +146,7 @@ def test_ids_equal_those_of_the_oracle(tokenizer: Any, name: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("pattern", ["own", "gpt2", "nfc"])
-def test_every_character_is_split_as_by_the_oracle(name: str, pattern: str) -> None:
+def test_characters_of_every_kind_are_split_as_by_the_oracle(name: str, pattern: str) -> None:
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
@@ -158,11 +158,14 @@ def test_every_character_is_split_as_by_the_oracle(name: str, pattern: str) -> N
         normalizers.NFC() if pattern == "nfc" else None,
     )
     engine = open_engine(tokenizer, installed(name))
-    characters = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x33500), *range(0xE0000, 0xE0200))]
-    texts = [f"a{c}a!{c}\u0301\u03231{c}1 {c}\n{c}'{c}a" for c in characters]
+    codes = {*range(0x3400), *range(0xA000, 0xAC00), *range(0xF900, 0x20000), *range(0xE0000, 0xE0200)}
+    codes |= {*range(0x3400, 0xD800, 16), *range(0xE000, 0x33500, 16)}  # ideographs, Hangul, private use: a part
+    codes |= {code for first, last in engines.UNICODE_17 for code in (first - 1, first, last, last + 1)}
+    texts = [f"a{c}a!{c}\u0301\u03231{c}1 {c}\n{c}'{c}a" for c in map(chr, sorted(codes))]
+    oracle = open_engine(tokenizer, "huggingface")
     for start in range(0, len(texts), 4096):
         chosen = texts[start : start + 4096]
-        ours, theirs = engine.encode(chosen), open_engine(tokenizer, "huggingface").encode(chosen)
+        ours, theirs = engine.encode(chosen), oracle.encode(chosen)
         if not np.array_equal(ours[0], theirs[0]):
             pairs = zip(chosen, as_lists(ours), as_lists(theirs), strict=True)
             assert [f"{ord(text[1]):x}" for text, one, other in pairs if one != other] == []
@@ -307,6 +310,9 @@ def test_tiktoken_refuses_added_tokens_and_takes_no_merge_that_tokenizers_do_not
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     texts = ["abc", "abcc", "ab", "aabbcc", "cabcab"]
     assert as_lists(open_engine(wrapped(backend), "tiktoken").encode(texts)) == oracle_ids(wrapped(backend), texts)
+    backend.model = models.BPE(vocab=vocabulary, merges=[*definition["merges"], ("a", "bc")])
+    with pytest.raises(ValueError, match="several of its merges give the same token"):
+        open_engine(wrapped(backend), "tiktoken")
     backend.model = models.BPE(**definition, ignore_merges=True)
     with pytest.raises(ValueError, match="no merges lead to its token 'abc'"):
         open_engine(wrapped(backend), "tiktoken")
