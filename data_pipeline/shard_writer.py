@@ -1,5 +1,6 @@
 """Writes the format ``tokenshard/1`` (see token_shards.py): units by any number of workers, the manifest last."""
 
+import contextlib
 import json
 import os
 import uuid
@@ -23,11 +24,15 @@ from data_pipeline.token_shards import (
 def write_file_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` under a temporary name, sync it, rename it to ``path`` and sync the directory."""
     temporary = _temporary_name(path)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 
@@ -77,7 +82,8 @@ class _BlockFile:
         os.replace(self._temporary, self.path)
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # on a full disk the rest of the buffer cannot be written
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -32,7 +32,7 @@ check_prerequisites() {
 }
 
 install_trainyard() {
-  local python stamp=.venv/trainyard-installed wanted
+  local python stamp=.venv/trainyard-installed wanted install
   check_prerequisites
   wanted="$(cat pyproject.toml constraints.txt | cksum)"
   if [ -x .venv/bin/trainyard ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
@@ -41,6 +41,12 @@ install_trainyard() {
   echo "Installing into $PWD/.venv (once; a CPU build of torch is about 200 MB, a CUDA build some GB) ..."
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   # The constraints name torch without a build tag: which build comes is decided by the indexes that pip is set up with.
-  .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
+  # Not every platform has wheels of the fast tokenizer engines (30 MB installed), and nothing needs them: there,
+  # everything else is installed.
+  install=(.venv/bin/python -m pip install --quiet --constraint constraints.txt)
+  "${install[@]}" --only-binary gigatoken,tiktoken,awkward-cpp --editable ".[test,lint,fast]" || {
+    echo "trainyard: the fast tokenizer engines cannot be installed here; going on without them ..." >&2
+    "${install[@]}" --editable ".[test,lint]"
+  }
   echo "$wanted" >"$stamp"
 }

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("launch/install.sh", "launch/quickstart.sh", "tests/run.sh", ".ci/run", "slurm/train.sbatch")
+SCRIPTS = (
+    "launch/install.sh",
+    "launch/quickstart.sh",
+    "tests/run.sh",
+    ".ci/run",
+    "slurm/train.sbatch",
+    "slurm/prepare_array.sbatch",
+)
 
 
 def executable(file: Path, content: str) -> None:
@@ -43,7 +50,9 @@ def checkout(tmp_path: Path) -> Path:
           *get_path*) echo "$HEADERS" ;;
           *sys.version_info*) exit "${TOO_OLD:-0}" ;;
           "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-          *) echo "$@" >> installed.txt; touch .venv/bin/trainyard; chmod +x .venv/bin/trainyard ;;
+          *) echo "$@" >> installed.txt
+             [[ "$*" == *"${FAILS:-nothing}"* ]] && exit 1
+             touch .venv/bin/trainyard; chmod +x .venv/bin/trainyard ;;
         esac
         """,
     )
@@ -61,11 +70,25 @@ def test_installs_the_tested_versions_once(checkout: Path) -> None:
     assert install(checkout).returncode == 0
     assert install(checkout).returncode == 0
     arguments = (checkout / "installed.txt").read_text().splitlines()
-    assert arguments == ["-m pip install --quiet --constraint constraints.txt --editable .[test,lint]"]
+    fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,fast]"
+    assert arguments == [f"-m pip install --quiet --constraint constraints.txt {fast}"]
     with (checkout / "constraints.txt").open("a") as file:
         file.write("another==1\n")
     assert install(checkout).returncode == 0
     assert len((checkout / "installed.txt").read_text().splitlines()) == 2
+
+
+def test_without_wheels_of_the_fast_engines_the_rest_is_installed(checkout: Path) -> None:
+    done = install(checkout, FAILS=",fast]")
+    assert done.returncode == 0
+    assert "fast tokenizer engines cannot be installed here" in done.stderr
+    last = (checkout / "installed.txt").read_text().splitlines()[-1]
+    assert last == "-m pip install --quiet --constraint constraints.txt --editable .[test,lint]"
+    assert (checkout / ".venv" / "trainyard-installed").is_file()
+    assert install(checkout, FAILS=".[test,lint").returncode == 0  # nothing to do
+    (checkout / ".venv" / "trainyard-installed").unlink()
+    assert install(checkout, FAILS=".[test,lint").returncode != 0
+    assert not (checkout / ".venv" / "trainyard-installed").exists()
 
 
 @pytest.mark.parametrize(
@@ -132,8 +155,31 @@ def test_job_script_starts_one_launcher_a_node(tmp_path: Path) -> None:
     assert "no recipe given" in refused.stderr
 
 
-def test_job_script_options_are_ones_that_sbatch_takes_as_they_are() -> None:
-    lines = (ROOT / "slurm" / "train.sbatch").read_text().splitlines()
+def test_array_script_gives_each_task_its_share(tmp_path: Path) -> None:
+    executable(tmp_path / ".venv" / "bin" / "trainyard", '#!/bin/bash\nprintf "[%s]" "$@"; echo\n')
+    script = ROOT / "slurm" / "prepare_array.sbatch"
+    variables = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_TASK_MIN": "1",
+        "SLURM_ARRAY_TASK_MAX": "4",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+    }
+    done = bash(f"bash {script} --input 'a b/*.jsonl' --out 'x $(id)'", tmp_path, **variables)
+    assert (done.returncode, done.stdout) == (0, "[prepare][--input][a b/*.jsonl][--out][x $(id)][--task][2/4]\n")
+    for code, changes, sentence in (
+        (f"bash {script}", {}, "nothing to prepare"),
+        (f"bash {script} --input a", {"SLURM_ARRAY_TASK_COUNT": "3"}, "an array with gaps"),
+    ):
+        refused = bash(code, tmp_path, **(variables | changes))
+        assert refused.returncode == 2
+        assert sentence in refused.stderr
+        assert refused.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "prepare_array.sbatch"])
+def test_job_script_options_are_ones_that_sbatch_takes_as_they_are(name: str) -> None:
+    lines = (ROOT / "slurm" / name).read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
     assert len(options) > 3
     assert [option for option in options if not option.startswith("--") or "$" in option] == []
