@@ -443,8 +443,7 @@ def test_sample_of_a_unit_is_the_smallest_hashes_of_the_training_split(corpus: P
     (tmp_path / RECORDS).mkdir()
     units.sample_unit(plan, 1, lambda share: None)
     texts = [texts[0] for texts in json.loads(units.sample_path(plan, 1).read_bytes())]
-    weights = plan.unit_weights()
-    share = 20_000 * weights[1] // sum(weights)
+    share = 20_000 * plan.weights[1] // sum(plan.weights)
     assert share - 3 <= sum(len(text.encode()) for text in texts) <= share
     rows = [
         (content.decode(), units.xxhash.xxh3_64_intdigest(content))
