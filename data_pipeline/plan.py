@@ -76,7 +76,8 @@ class Plan:
     splits: tuple[str, ...]
     seed: int
     validation_threshold: int | None  # content hashes below it fall to validation; None: by file
-    tokenizer_sample_bytes: int
+    weights: tuple[int, ...]  # bytes of input of each unit, at least 1
+    sample_bytes: tuple[int, ...]  # of text that each unit gives to a tokenizer's training, at most
     engine: str
     identity: str
 
@@ -89,21 +90,6 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         return sum(file.bytes for file in self.files)
-
-    def unit_weights(self, train_only: bool = False) -> list[int]:
-        """Bytes of input of each unit, at least 1; ``train_only`` leaves validation inputs out."""
-        extents: dict[int, int] = {}
-        for unit in self.units:
-            for part in unit.parts:
-                extents[part.file] = extents.get(part.file, 0) + part.end - part.begin
-        used = self.train_files if train_only else len(self.files)
-        return [
-            max(
-                1,
-                sum(self.files[p.file].bytes * (p.end - p.begin) // extents[p.file] for p in u.parts if p.file < used),
-            )
-            for u in self.units
-        ]
 
 
 def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan:
@@ -132,6 +118,7 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         raise ValueError(f"{kinds['ids'].label} holds token ids: give the tokenizer that made them (--tokenizer)")
     unit_bytes = max(options.unit_bytes, -(-sum(file.bytes for file in files) // MAX_UNITS))
     units = tuple(plan_units(files, options.read, unit_bytes))
+    weights, train = _unit_bytes(files, units, len(files)), _unit_bytes(files, units, train_files)
     validated = bool(options.validation_inputs) or options.validation_fraction > 0
     return Plan(
         output=Path(options.output),
@@ -144,10 +131,23 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         splits=SPLITS if validated else SPLITS[:1],
         seed=options.seed,
         validation_threshold=None if options.validation_inputs else int(options.validation_fraction * 2**64),
-        tokenizer_sample_bytes=options.tokenizer_sample_bytes,
+        weights=tuple(weights),
+        sample_bytes=tuple(options.tokenizer_sample_bytes * weight // max(1, sum(train)) for weight in train),
         engine=options.engine,
         identity=_identity(options, files, train_files, units, progress),
     )
+
+
+def _unit_bytes(files: list[SourceFile], units: tuple[Unit, ...], used: int) -> list[int]:
+    """Bytes of input of each unit, of the first ``used`` files; at least 1 where it has parts of them."""
+    extents = [0] * len(files)
+    for unit in units:
+        for part in unit.parts:
+            extents[part.file] += part.end - part.begin
+    shares = [[(part.file, part.end - part.begin) for part in unit.parts if part.file < used] for unit in units]
+    return [
+        sum(max(1, files[file].bytes * length // max(1, extents[file])) for file, length in unit) for unit in shares
+    ]
 
 
 def _identity(

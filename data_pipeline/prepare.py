@@ -270,7 +270,7 @@ def _make(options: PrepareOptions, plan: Plan, bar: _Bar) -> tuple[dict[str, Any
 
 def _run(options: PrepareOptions, plan: Plan, numbers: list[int], bar: _Bar, sample: bool = False) -> str:
     """Make the units and report progress in bytes of input."""
-    weights = plan.unit_weights()
+    weights = plan.weights
     shares = dict.fromkeys(numbers, 0.0)
     done = float(sum(weights) - sum(weights[number] for number in numbers))
 

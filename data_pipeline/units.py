@@ -153,8 +153,7 @@ class UnitMaker:
 
 def sample_unit(plan: Plan, number: int, report: Report) -> None:
     """Write the unit's share of the texts that a tokenizer is trained on: those of the smallest content hashes."""
-    weights = plan.unit_weights(train_only=True)
-    sample = _Sample(plan.tokenizer_sample_bytes * weights[number] // sum(weights))
+    sample = _Sample(plan.sample_bytes[number])
     for file, document, content in _documents(plan, number, Ledger(), report):
         content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
         if content and plan.split_of(file, content_hash) == "train":

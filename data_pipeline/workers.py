@@ -126,13 +126,12 @@ class _Pool:
         if what == "progress":
             self._progress(values[0], values[1])
             return
+        self._deaths.pop(None, None)  # workers do begin
         if what == "done":
             self._deaths.pop(worker.unit, None)
             self._left -= 1
             self._engine = values[0]
             self._progress(worker.unit, 1.0)  # type: ignore[arg-type]
-        else:  # ready
-            self._deaths.pop(None, None)
         worker.unit = self._waiting.popleft() if self._waiting else None
         if worker.unit is not None:
             with contextlib.suppress(OSError):  # it was killed just now: the next answer is the end of its line

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -269,6 +270,61 @@ def test_bad_conversations_are_named_with_file_and_line(tmp_path: Path, tokenize
         source = write_jsonl(tmp_path / "a.jsonl", [good, good, bad])
         with pytest.raises(ValueError, match=rf"a\.jsonl:3: .*{message}"):
             prepare(_options(source, tmp_path / "out", tokenizer_folder, validation_fraction=0))
+
+
+def test_bad_conversations_are_counted_and_skipped_where_that_is_asked_for(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    two = {"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Ho"}]}
+    source = write_jsonl(tmp_path / "a.jsonl", [good, two, good, {"messages": 1}])
+    read = ReadOptions(skip_bad_rows=True)
+    report = prepare(_options(source, tmp_path / "out", tokenizer_folder, validation_fraction=0, read=read))
+    assert report["splits"]["train"]["documents"] == report["files"][0]["documents_in"] == 2
+    assert sum(skipped["count"] for skipped in report["skipped_rows"].values()) == 2
+    [refused] = report["skipped_rows"]["conversation refused"]["locations"]
+    assert refused.startswith(f"{source}:2: message 2 is from 'user'")
+    assert "--skip-bad-rows" in report["command"]
+    none = write_jsonl(tmp_path / "b.jsonl", [two])
+    with pytest.raises(ValueError, match=r"nothing of .*b\.jsonl can be used"):
+        prepare(_options(none, tmp_path / "none", tokenizer_folder, validation_fraction=0, read=read))
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_a_cut_file_gives_what_is_before_the_cut_and_the_report_says_so(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = _rows_file(tmp_path)
+    source.write_bytes(source.read_bytes()[:-5])
+    report = prepare(_options(source, tmp_path / "out", tokenizer_folder, validation_fraction=0))
+    assert report["splits"]["train"]["documents"] == len(ROWS) - 1
+    [cut] = report["cut_short"]
+    assert cut["file"] == str(source)
+
+
+def test_megatron_ids_are_taken_as_they_are(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Beside texts; an end token is added where a document has none, and other tokenizers' ids are refused."""
+    documents = [small_tokenizer()(row)["input_ids"] + [0] * (number % 2) for number, row in enumerate(ROWS[:50])]
+    lengths = np.array([len(ids) for ids in documents])
+
+    def write(ids: list[list[int]]) -> None:
+        (tmp_path / "in" / "m.bin").write_bytes(np.concatenate(ids).astype("<i4").tobytes())
+        header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, len(ids), len(ids) + 1)
+        starts = (np.cumsum(lengths) - lengths) * 4
+        index = [lengths.astype("<i4"), starts.astype("<i8"), np.arange(len(ids) + 1, dtype="<i8")]
+        (tmp_path / "in" / "m.idx").write_bytes(header + b"".join(part.tobytes() for part in index))
+
+    (tmp_path / "in").mkdir()
+    write(documents)
+    write_jsonl(tmp_path / "in" / "z.jsonl", [{"text": row} for row in ROWS[50:60]])
+    report = prepare(_options(tmp_path / "in", tmp_path / "out", tokenizer_folder, validation_fraction=0))
+    expected = [small_tokenizer()(row)["input_ids"] + [0] for row in ROWS[:60]]
+    assert _documents(tmp_path / "out" / "train") == expected
+    assert report["kind"] == "text"
+    assert report["splits"]["train"]["text_bytes"] == sum(len(row.encode()) for row in ROWS[:60])
+    with pytest.raises(ValueError, match="holds token ids: give the tokenizer that made them"):
+        prepare(_options(tmp_path / "in", tmp_path / "trained", None, train_vocabulary=300))
+    write([[VOCABULARY + 5] * len(ids) for ids in documents])
+    with pytest.raises(ValueError, match=f"outside the vocabulary of {VOCABULARY}"):
+        prepare(_options(tmp_path / "in", tmp_path / "wrong", tokenizer_folder, validation_fraction=0))
 
 
 def test_options_that_cannot_be(tmp_path: Path, tokenizer_folder: Path) -> None:

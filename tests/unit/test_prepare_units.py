@@ -1,5 +1,6 @@
 """prepare on work units: the same bytes for any number of workers and tasks, after kills and after a full disk."""
 
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from data_samples import EMBEDDED, VOCABULARY, macbeth, save_tokenizer, small_to
 from data_pipeline import merge, units
 from data_pipeline.plan import PrepareOptions, file_digest, make_plan
 from data_pipeline.prepare import MARKER_NAME, prepare
+from data_pipeline.shard_writer import UnitWriter, write_file_atomically
 from data_pipeline.sources import ReadOptions
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.units import RECORDS
@@ -306,6 +308,15 @@ def test_a_bad_row_ends_all_workers_with_its_place(
     assert report["files"][0]["documents_in"] == len(LINES) - 1
     with pytest.raises(ValueError, match="other options"):  # what was skipped is not taken for what must be whole
         prepare(_options(bad, tmp_path / "out", tokenizer_folder))
+    interrupted = _options(bad, tmp_path / "half", tokenizer_folder, read=options.read)
+    for task in ((0, 2), (1, 2)):  # one of them makes the unit that skips, and none merges
+        interrupted.task, interrupted.seed = task, task[0]
+        interrupted.output = tmp_path / f"half{task[0]}"
+        prepare(interrupted)
+        interrupted.task, interrupted.read = None, ReadOptions()
+        with pytest.raises(ValueError, match=r"bad\.jsonl:701"):
+            prepare(interrupted)
+        interrupted.read = options.read
 
 
 # A full disk
@@ -339,15 +350,33 @@ def test_a_full_disk_is_one_sentence_and_room_lets_it_go_on(
     assert _files(small_disk / "out") == reference
 
 
-def test_a_limit_of_file_sizes_is_the_same_sentence(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    options = _options(corpus, tmp_path / "out", tokenizer_folder, unit_bytes=60_000)
+@contextlib.contextmanager
+def _largest_file(size: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        with pytest.raises(OSError, match=r"out cannot be written: file too large \([\d,]+ bytes are free there\)"):
-            prepare(options)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_writers_leave_no_temporary_file_where_even_the_buffer_does_not_fit(tmp_path: Path) -> None:
+    writer = UnitWriter(tmp_path, kind="text", vocabulary_size=1000)
+    writer.add_document(list(range(500)))
+    with _largest_file(100):
+        with pytest.raises(OSError, match="File too large"):
+            writer.finish()
+        writer.abandon()
+        with pytest.raises(OSError, match="File too large"):
+            write_file_atomically(tmp_path / "record", bytes(200))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_of_file_sizes_is_the_same_sentence(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    options = _options(corpus, tmp_path / "out", tokenizer_folder, unit_bytes=60_000)
+    with _largest_file(25_000):
+        with pytest.raises(OSError, match=r"out cannot be written: file too large \([\d,]+ bytes are free there\)"):
+            prepare(options)
     assert not list((tmp_path / "out").rglob("*.tmp"))
     prepare(options)
     prepare(_options(corpus, tmp_path / "clean", tokenizer_folder, unit_bytes=60_000))
@@ -443,8 +472,7 @@ def test_sample_of_a_unit_is_the_smallest_hashes_of_the_training_split(corpus: P
     (tmp_path / RECORDS).mkdir()
     units.sample_unit(plan, 1, lambda share: None)
     texts = [texts[0] for texts in json.loads(units.sample_path(plan, 1).read_bytes())]
-    weights = plan.unit_weights()
-    share = 20_000 * weights[1] // sum(weights)
+    share = 20_000 * plan.weights[1] // sum(plan.weights)
     assert share - 3 <= sum(len(text.encode()) for text in texts) <= share
     rows = [
         (content.decode(), units.xxhash.xxh3_64_intdigest(content))
