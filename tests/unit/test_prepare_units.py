@@ -374,9 +374,9 @@ def test_writers_leave_no_temporary_file_where_even_the_buffer_does_not_fit(tmp_
 
 def test_a_limit_of_file_sizes_is_the_same_sentence(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     options = _options(corpus, tmp_path / "out", tokenizer_folder, unit_bytes=60_000)
-    with _largest_file(25_000):
-        with pytest.raises(OSError, match=r"out cannot be written: file too large \([\d,]+ bytes are free there\)"):
-            prepare(options)
+    sentence = r"out cannot be written: file too large \([\d,]+ bytes are free there\)"
+    with _largest_file(25_000), pytest.raises(OSError, match=sentence):
+        prepare(options)
     assert not list((tmp_path / "out").rglob("*.tmp"))
     prepare(options)
     prepare(_options(corpus, tmp_path / "clean", tokenizer_folder, unit_bytes=60_000))
