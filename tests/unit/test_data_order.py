@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.mixture import PATTERN_SLOTS, Mixture
+from data_pipeline.mixture import PATTERN_SLOTS, Mixture, Stage
 from data_pipeline.order import ORDER_VERSION, order_key, permute
 from data_pipeline.packing import pack_best_fit
 
@@ -57,10 +57,10 @@ def test_permutation_refuses_what_is_outside(indices: list[int], n: int) -> None
 
 
 def test_mixture_has_exact_proportions_and_counts_each_source_without_gaps() -> None:
-    mixture = Mixture([5, 3, 2])
-    assert mixture.slots.tolist() == [32768, 19661, 13107]
+    mixture = Mixture([Stage([5, 3, 2])])
+    assert mixture.slots.tolist() == [[32768, 19661, 13107]]
     source, index = mixture.locate(np.arange(3 * PATTERN_SLOTS, dtype=np.uint64))
-    for number, slots in enumerate(mixture.slots):
+    for number, slots in enumerate(mixture.slots[0]):
         assert np.array_equal(index[source == number], np.arange(3 * slots, dtype=np.uint64))
     # Spread evenly: any 1000 positions hold each source's share to within a few samples.
     for start in range(0, PATTERN_SLOTS - 1000, 997):
@@ -68,18 +68,18 @@ def test_mixture_has_exact_proportions_and_counts_each_source_without_gaps() -> 
 
 
 def test_mixture_far_from_the_start_equals_the_walk_there() -> None:
-    mixture = Mixture([0.9, 0.1])
+    mixture = Mixture([Stage([0.9, 0.1])])
     source, index = mixture.locate(np.array([10**12], dtype=np.uint64))
     repeats, slot = divmod(10**12, PATTERN_SLOTS)
     near_source, near_index = mixture.locate(np.array([slot], dtype=np.uint64))
     assert source[0] == near_source[0]
-    assert int(index[0]) == repeats * int(mixture.slots[source[0]]) + int(near_index[0])
+    assert int(index[0]) == repeats * int(mixture.slots[0, source[0]]) + int(near_index[0])
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 0.0], [1.0, -1.0], [float("nan")], [float("inf")], [1.0, 1e-9]])
 def test_mixture_refuses_bad_weights(weights: list[float]) -> None:
     with pytest.raises(ValueError, match=r"weight|at least one source"):
-        Mixture(weights)
+        Mixture([Stage(weights)])
 
 
 def test_packing_places_each_document_once_and_within_capacity() -> None:
