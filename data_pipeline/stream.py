@@ -65,6 +65,7 @@ class _TextSamples:
     def __init__(self, shards: TokenShards, sequence_length: int, padded: bool) -> None:
         self._shards = shards
         self._length = sequence_length
+        self._padded = padded
         targets = shards.tokens - 1
         self.count = -(-targets // sequence_length) if padded else targets // sequence_length
         self.left_out_tokens = 0 if padded else targets % sequence_length
@@ -73,7 +74,7 @@ class _TextSamples:
     def rows(self, samples: np.ndarray) -> Rows:
         starts = samples.astype(np.int64) * self._length
         width, end = self._length + 1, self._shards.tokens
-        if starts.size and int(starts.max()) + width > end:
+        if self._padded and starts.size and int(starts.max()) + width > end:
             return self._padded_rows(starts)
         tokens, rows, columns = self._shards.read_windows(starts, width)
         target_mask = np.ones((len(starts), self._length), dtype=bool)

@@ -181,12 +181,14 @@ class _Shard:
         """(row, column) of each document that begins inside the windows of ``width`` tokens, column 0 left out."""
         documents = self.document_starts
         bounds = begins[:, None] + np.array((1, width))
-        found = np.searchsorted(documents, np.minimum(bounds, 0xFFFFFFFF).astype(documents.dtype))
+        if self._entry["tokens"] >= 1 << 32:  # one document may make a shard so large; none begins beyond
+            bounds = np.minimum(bounds, (1 << 32) - 1)
+        # the search would convert all documents to the type of the bounds
+        found = documents.searchsorted(bounds.astype(documents.dtype))
         first = found[:, 0]
-        counts = np.maximum(found[:, 1] - first, 0)
-        ends = counts.cumsum()
+        counts = found[:, 1] - first
         rows = np.arange(len(begins)).repeat(counts)
-        which = np.arange(rows.size) + (first - ends + counts)[rows]
+        which = np.arange(rows.size) + (first + counts - counts.cumsum())[rows]
         return rows, documents[which] - begins[rows]
 
     def check_files(self) -> None:
@@ -335,7 +337,8 @@ class TokenShards:
         for row in np.flatnonzero(~inside).tolist():
             out[row], columns = self._window_over_shards(int(starts[row]), width)
             found.append((np.full(columns.size, row), columns))
-        return out, *(np.concatenate(parts) for parts in zip(*found, strict=True))
+        rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return out, rows, columns
 
     def _window_over_shards(self, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, columns > 0 at which documents begin) of a window that does not end in the shard it begins in."""
