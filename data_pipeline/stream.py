@@ -217,6 +217,7 @@ class TrainingStream:
     Attributes:
         fingerprint: of the sources' manifests, the mixture and the sequence length; equal fingerprints and seeds
         give equal rows.
+        sources, padding_ids: the directory of each source, and the token that fills its rows.
         kind: "text", "chat" or "mixed".
         samples_per_epoch: of a single source; of several, the sum.
         may_join_documents: whether a row may hold tokens of several documents.
@@ -241,6 +242,8 @@ class TrainingStream:
         self._counts = np.array([samples.count for samples in self._samples], dtype=np.uint64)
         self._seed = seed
         self._sequence_length = sequence_length
+        self.sources: list[Path] = [shards.directory for shards in self._shards]
+        self.padding_ids: list[int] = [_padding_id(shards) for shards in self._shards]
         kinds = {shards.kind for shards in self._shards}
         self.kind: str = kinds.pop() if len(kinds) == 1 else "mixed"
         self.tokenizer_sha256: str = self._shards[0].tokenizer_sha256
