@@ -57,7 +57,7 @@ class Mixture:
         source = np.empty(positions.shape, dtype=np.uint16)
         index = np.empty(positions.shape, dtype=np.uint64)
         stage_of = np.searchsorted(self._begins, positions, side="right") - 1
-        for stage in np.unique(stage_of).tolist():
+        for stage in set(stage_of.tolist()):
             chosen = stage_of == stage
             source[chosen], within = self._patterns[stage].locate(positions[chosen] - self._begins[stage])
             index[chosen] = within + self._bases[stage][source[chosen]]
