@@ -1,4 +1,4 @@
-"""Whole conversations into rows of fixed capacity: best-fit decreasing."""
+"""Whole conversations, or documents and the pieces of long ones, into rows of fixed capacity: best-fit decreasing."""
 
 from dataclasses import dataclass
 
@@ -17,6 +17,8 @@ class PackTable:
 
 def pack_best_fit(lengths: np.ndarray, capacity: int) -> PackTable:
     """Pack documents of ``lengths`` tokens into rows of ``capacity`` tokens, none split, none twice.
+
+    The table takes 8 bytes a document and 8 a row; while it is made, up to 50 bytes a document.
 
     Best-fit decreasing: longest first, each into the fullest row that still has room (Johnson, *Near-optimal bin
     packing algorithms*, 1973). Equal lengths keep the order of the documents, so the table is a function of its
@@ -55,3 +57,25 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> PackTable:
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
     fill = float(lengths[order].sum()) / (packs * capacity) if packs else 0.0
     return PackTable(documents=order[by_pack], offsets=offsets, too_long=too_long, fill=fill)
+
+
+def cut_long_documents(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where documents longer than a row (``sequence_length + 1`` tokens) are cut.
+
+    Pieces of a document overlap by one token, as the windows of a flat stream do, so that every token but a document's
+    first is a target exactly once. A last piece of one token would have no target and is left out.
+
+    Args:
+        lengths: int64 ``[documents]``, tokens of each.
+
+    Returns:
+        (starts, lengths) of the pieces, int64: starts are tokens from the first document's beginning.
+    """
+    starts = np.cumsum(lengths) - lengths
+    cuts = np.where(lengths > sequence_length + 1, (lengths - 1) // sequence_length, 0)
+    rests = lengths - cuts * sequence_length
+    pieces = cuts + ((cuts == 0) | (rests > 1))
+    document = np.repeat(np.arange(lengths.size), pieces)
+    number = np.arange(document.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    sizes = np.where(number < cuts[document], sequence_length + 1, rests[document])
+    return starts[document] + number * sequence_length, sizes

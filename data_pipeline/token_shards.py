@@ -17,7 +17,9 @@ import bisect
 import itertools
 import json
 import mmap
+import resource
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +34,7 @@ SHARD_BYTES = 256 * 2**20
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_PLACE = "0" * 32
 SUFFIXES = ("bin", "docs", "mask")
+MOST_OPEN_SHARDS = 2048
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
@@ -39,44 +42,96 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
     return np.dtype("<u2") if vocabulary_size <= 65_536 else np.dtype("<u4")
 
 
-class _BlockReader:
-    """A memory-mapped file whose blocks are compared with their checksums the first time they are touched."""
+class _Blocks:
+    """Which blocks of a file were compared with their checksums. It outlives the mapping of the file."""
 
-    def __init__(self, path: Path, digests: np.ndarray, dtype: np.dtype, data_set: Path) -> None:
+    def __init__(self, path: Path, digests: np.ndarray, data_set: Path) -> None:
         self._path = path
         self._digests = digests
         self._data_set = data_set
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.values = np.frombuffer(
-            self._map, dtype=dtype
-        )  # a plain array: slicing a np.memmap costs several times as much
-        self._items_per_block = BLOCK_BYTES // dtype.itemsize
-        self._unchecked = np.ones(digests.size, dtype=bool)
-        self._unchecked_count = digests.size
+        self.unchecked = np.ones(digests.size, dtype=bool)
+        self.unchecked_count = digests.size
         self._lock = threading.Lock()
 
-    def check(self, start: int, stop: int) -> None:
-        """Verify the blocks that hold items ``[start, stop)``; ValueError names the first damaged one."""
-        if self._unchecked_count == 0 or stop <= start:
-            return
-        first, last = start // self._items_per_block, (stop - 1) // self._items_per_block
-        for block in np.flatnonzero(self._unchecked[first : last + 1]) + first:
-            self._check_block(int(block))
-
-    def _check_block(self, block: int) -> None:
+    def check(self, block: int, content: mmap.mmap) -> None:
+        """Compare one block of the file's ``content`` with its checksum; ValueError when they differ."""
         begin = block * BLOCK_BYTES
-        end = min(begin + BLOCK_BYTES, len(self._map))
-        actual, expected = xxhash.xxh3_64_intdigest(memoryview(self._map)[begin:end]), int(self._digests[block])
+        end = min(begin + BLOCK_BYTES, len(content))
+        page = begin - begin % mmap.PAGESIZE
+        content.madvise(mmap.MADV_WILLNEED, page, end - page)  # one long read, not a fault every few pages
+        actual, expected = xxhash.xxh3_64_intdigest(memoryview(content)[begin:end]), int(self._digests[block])
         if actual != expected:
             raise ValueError(
                 f"{self._path}: block {block} (bytes {begin:,} to {end:,}) has the checksum {actual:016x}, but "
                 f"{expected:016x} was written: the file is damaged; {rebuild_hint(self._data_set)}"
             )
         with self._lock:  # two threads may verify the same block; it must be counted once
-            if self._unchecked[block]:
-                self._unchecked[block] = False
-                self._unchecked_count -= 1
+            if self.unchecked[block]:
+                self.unchecked[block] = False
+                self.unchecked_count -= 1
+
+
+class _BlockReader:
+    """A memory-mapped file whose blocks are compared with their checksums the first time they are touched."""
+
+    def __init__(self, path: Path, blocks: _Blocks, dtype: np.dtype) -> None:
+        self._blocks = blocks
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # a plain array: slicing a np.memmap costs several times as much
+        self.values = np.frombuffer(self._map, dtype=dtype)
+        self._items_per_block = BLOCK_BYTES // dtype.itemsize
+        self._windows: tuple[int, np.ndarray] | None = None
+
+    def check(self, start: int, stop: int) -> None:
+        """Verify the blocks that hold items ``[start, stop)``; ValueError names the first damaged one."""
+        if self._blocks.unchecked_count == 0 or stop <= start:
+            return
+        first, last = start // self._items_per_block, (stop - 1) // self._items_per_block
+        for block in np.flatnonzero(self._blocks.unchecked[first : last + 1]) + first:
+            self._blocks.check(int(block), self._map)
+
+    def windows(self, starts: np.ndarray, width: int) -> np.ndarray:
+        """Checked copies ``[n, width]`` of the items from each of ``starts`` on, all inside the file."""
+        if self._blocks.unchecked_count:
+            for start in starts.tolist():
+                self.check(start, start + width)
+        cached = self._windows  # another thread may replace it
+        if cached is None or cached[0] != width:
+            shape, strides = (self.values.size - width + 1, width), self.values.strides * 2
+            # every window of the file as one array without memory of its own, so that one call gathers many
+            every = np.lib.stride_tricks.as_strided(self.values, shape, strides, writeable=False)
+            cached = self._windows = (width, every)
+        return cached[1][starts]
+
+
+class _OpenShards:
+    """Bounds how many shards are mapped at once: half of the least recently used are closed when there are too many.
+
+    A mapping holds a file descriptor, so the bound follows from the process's limit of those.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[_Shard] = weakref.WeakSet()
+        self._clock = itertools.count()
+
+    def add(self, shard: "_Shard") -> None:
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = descriptors // (2 * len(SUFFIXES)) if descriptors != resource.RLIM_INFINITY else MOST_OPEN_SHARDS
+        with self._lock:
+            if len(self._open) >= max(2, min(most, MOST_OPEN_SHARDS)):
+                oldest = sorted(self._open, key=lambda other: other.last_use)
+                for old in oldest[: len(oldest) // 2]:
+                    old.close()
+                    self._open.discard(old)
+            self._open.add(shard)
+
+    def now(self) -> int:
+        return next(self._clock)
+
+
+_OPEN_SHARDS = _OpenShards()
 
 
 def rebuild_hint(data_set: Path) -> str:
@@ -97,25 +152,46 @@ class _Shard:
         self._entry = entry
         self._dtype = dtype
         self._lock = threading.Lock()
+        self._blocks: dict[str, _Blocks] = {}
         self._files: dict[str, _BlockReader] | None = None
-        self._docs: np.ndarray | None = None
+        self.last_use = 0
 
     def file(self, suffix: str) -> _BlockReader:
         """The reader of one of the files; the first call opens them all."""
-        if self._files is None:
+        self.last_use = _OPEN_SHARDS.now()
+        files = self._files
+        if files is None:
             with self._lock:
-                if self._files is None:
-                    self._files = self._open()
-        return self._files[suffix]
+                files = self._files
+                if files is None:
+                    files = self._files = self._open()
+                    _OPEN_SHARDS.add(self)
+        return files[suffix]
+
+    def close(self) -> None:
+        """Forget the mappings (a reader in another thread keeps its own until it is done); checked blocks stay so."""
+        self._files = None
 
     @property
     def document_starts(self) -> np.ndarray:
         """uint32 ``[documents]``, checked: where documents begin, in tokens from the start of the shard."""
-        if self._docs is None:
-            reader = self.file("docs")
-            reader.check(0, reader.values.size)
-            self._docs = reader.values
-        return self._docs
+        reader = self.file("docs")
+        reader.check(0, reader.values.size)
+        return reader.values
+
+    def beginnings(self, begins: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """(row, column) of each document that begins inside the windows of ``width`` tokens, column 0 left out."""
+        documents = self.document_starts
+        bounds = begins[:, None] + np.array((1, width))
+        if self._entry["tokens"] >= 1 << 32:  # one document may make a shard so large; none begins beyond
+            bounds = np.minimum(bounds, (1 << 32) - 1)
+        # the search would convert all documents to the type of the bounds
+        found = documents.searchsorted(bounds.astype(documents.dtype))
+        first = found[:, 0]
+        counts = found[:, 1] - first
+        rows = np.arange(len(begins)).repeat(counts)
+        which = np.arange(rows.size) + (first + counts - counts.cumsum())[rows]
+        return rows, documents[which] - begins[rows]
 
     def check_files(self) -> None:
         """Compare names and sizes with the manifest. FileNotFoundError, ValueError."""
@@ -144,19 +220,25 @@ class _Shard:
         return self._data_set / f"{self._entry['name']}.{suffix}"
 
     def _open(self) -> dict[str, _BlockReader]:
-        self.check_files()
-        sums = self._path("sums").read_bytes()
-        sizes: dict[str, int] = self._entry["bytes"]
-        blocks = {suffix: -(-sizes[suffix] // BLOCK_BYTES) for suffix in SUFFIXES if suffix in sizes}
-        damaged = xxhash.xxh3_64_hexdigest(sums) != self._entry["sums_xxh3_64"]
-        if damaged or len(sums) != 8 * sum(blocks.values()):
-            raise ValueError(f"{self._path('sums')} is damaged: {rebuild_hint(self._data_set)}")
-        bounds = np.cumsum(list(blocks.values()))[:-1]
-        digests = dict(zip(blocks, np.split(np.frombuffer(sums, "<u8"), bounds), strict=True))
+        if not self._blocks:
+            self.check_files()
+            self._blocks = self._read_sums()
         dtypes = {"bin": self._dtype, "docs": np.dtype("<u4"), "mask": np.dtype("u1")}
         return {
-            suffix: _BlockReader(self._path(suffix), digests[suffix], dtypes[suffix], self._data_set)
-            for suffix in blocks
+            suffix: _BlockReader(self._path(suffix), blocks, dtypes[suffix]) for suffix, blocks in self._blocks.items()
+        }
+
+    def _read_sums(self) -> dict[str, _Blocks]:
+        sums = self._path("sums").read_bytes()
+        sizes: dict[str, int] = self._entry["bytes"]
+        counts = {suffix: -(-sizes[suffix] // BLOCK_BYTES) for suffix in SUFFIXES if suffix in sizes}
+        damaged = xxhash.xxh3_64_hexdigest(sums) != self._entry["sums_xxh3_64"]
+        if damaged or len(sums) != 8 * sum(counts.values()):
+            raise ValueError(f"{self._path('sums')} is damaged: {rebuild_hint(self._data_set)}")
+        digests = np.split(np.frombuffer(sums, "<u8"), np.cumsum(list(counts.values()))[:-1])
+        return {
+            suffix: _Blocks(self._path(suffix), part, self._data_set)
+            for suffix, part in zip(counts, digests, strict=True)
         }
 
 
@@ -192,13 +274,13 @@ class TokenShards:
         entries = self.manifest["shards"]
         self._shard_starts = list(itertools.accumulate((entry["tokens"] for entry in entries), initial=0))
         self._bounds = np.array(self._shard_starts, dtype=np.int64)
-        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
-        self._shards = [_Shard(self.directory, entry, dtype) for entry in entries]
+        self._dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self._opened: dict[int, _Shard] = {}
 
     def check_files(self) -> None:
         """Compare names and sizes of all files with the manifest, without reading them."""
-        for shard in self._shards:
-            shard.check_files()
+        for index in range(len(self.manifest["shards"])):
+            self._shard(index).check_files()
 
     def check_all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read everything and compare it with the checksums. Raises for the first damaged file.
@@ -206,82 +288,88 @@ class TokenShards:
         ``progress`` is called with (bytes done, bytes in all).
         """
         sizes = [sum(entry["bytes"].values()) for entry in self.manifest["shards"]]
-        for done, shard in zip(itertools.accumulate(sizes), self._shards, strict=True):
-            shard.check_all()
+        for index, done in enumerate(itertools.accumulate(sizes)):
+            self._shard(index).check_all()
             if progress is not None:
                 progress(done, sum(sizes))
 
     def document_lengths(self) -> np.ndarray:
         """int64 ``[documents]``: tokens of each document, in order; takes memory and time for all of them."""
-        tokens = (entry["tokens"] for entry in self.manifest["shards"])
         parts = [
-            np.diff(shard.document_starts, append=np.uint32(count))
-            for shard, count in zip(self._shards, tokens, strict=True)
+            np.diff(self._shard(index).document_starts, append=entry["tokens"]).astype(np.int64)
+            for index, entry in enumerate(self.manifest["shards"])
         ]
-        return np.concatenate(parts).astype(np.int64)
-
-    def document_beginnings(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(row, column) of each document that begins inside a window ``[start, start + length)``, column 0 left out.
-
-        Args:
-            starts: int64 ``[n]``, positions in the stream; a window may reach over the stream's end.
-            length: tokens of a window.
-
-        Returns:
-            int64 arrays, ordered by row and column.
-        """
-        rows: list[np.ndarray] = []
-        columns: list[np.ndarray] = []
-        for row, start in enumerate(starts.tolist()):
-            for shard, begin, end, offset in self._pieces(start, min(length, self.tokens - start)):
-                documents = self._shards[shard].document_starts
-                first, last = np.searchsorted(documents, (begin, end))
-                if first < last and documents[first] == begin and offset == 0:
-                    first += 1
-                if first < last:
-                    columns.append(documents[first:last].astype(np.int64) + (offset - begin))
-                    rows.append(np.full(last - first, row))
-        if not rows:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        return np.concatenate(rows), np.concatenate(columns)
+        return np.concatenate(parts)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens ``[start, start + count)`` of the stream, int64."""
         out = np.empty(count, dtype=np.int64)
         for shard, begin, end, offset in self._pieces(start, count):
-            reader = self._shards[shard].file("bin")
+            reader = self._shard(shard).file("bin")
             reader.check(begin, end)
             out[offset : offset + end - begin] = reader.values[begin:end]
         return out
 
-    def read_windows(self, starts: np.ndarray, out: np.ndarray) -> None:
-        """Fill each row of ``out`` (int64 ``[n, length]``) with the tokens from ``starts[row]`` (int64 ``[n]``) on."""
-        count = out.shape[1]
-        if starts.size and (int(starts.min()) < 0 or int(starts.max()) + count > self.tokens):
-            self._refuse_range(int(starts.min()), int(starts.max()) + count)
+    def read_windows(self, starts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Windows of the stream and the documents that begin inside them.
+
+        Args:
+            starts: int64 ``[n]``, positions in the stream; no window reaches over its end.
+            width: tokens of a window.
+
+        Returns:
+            (tokens int64 ``[n, width]``, rows, columns): document beginnings besides those at column 0, int64, ordered
+            by column within a row; rows in any order.
+        """
+        if starts.size and (int(starts.min()) < 0 or int(starts.max()) + width > self.tokens):
+            self._refuse_range(int(starts.min()), int(starts.max()) + width)
+        if len(self._shard_starts) == 2:
+            shard = self._shard(0)
+            return shard.file("bin").windows(starts, width).astype(np.int64), *shard.beginnings(starts, width)
+        out = np.empty((len(starts), width), dtype=np.int64)
         shards = np.searchsorted(self._bounds, starts, side="right") - 1
-        begins = starts - self._bounds[shards]
-        inside = starts + count <= self._bounds[shards + 1]
-        for row, (shard, begin, whole) in enumerate(
-            zip(shards.tolist(), begins.tolist(), inside.tolist(), strict=True)
-        ):
-            if whole:
-                reader = self._shards[shard].file("bin")
-                reader.check(begin, begin + count)
-                out[row] = reader.values[begin : begin + count]
-            else:
-                out[row] = self.read(int(starts[row]), count)
+        inside = starts + width <= self._bounds[shards + 1]
+        found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        for index in set(shards[inside].tolist()):
+            chosen = np.flatnonzero((shards == index) & inside)
+            shard, begins = self._shard(index), starts[chosen] - self._shard_starts[index]
+            out[chosen] = shard.file("bin").windows(begins, width)
+            rows, columns = shard.beginnings(begins, width)
+            found.append((chosen[rows], columns))
+        for row in np.flatnonzero(~inside).tolist():
+            out[row], columns = self._window_over_shards(int(starts[row]), width)
+            found.append((np.full(columns.size, row), columns))
+        rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return out, rows, columns
+
+    def _window_over_shards(self, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, columns > 0 at which documents begin) of a window that does not end in the shard it begins in."""
+        columns: list[int] = []
+        for shard, begin, end, offset in self._pieces(start, width):
+            if offset:
+                columns.append(offset)  # a shard begins with a document
+            _, inside = self._shard(shard).beginnings(np.array([begin]), end - begin)
+            columns += (inside + offset).tolist()
+        return self.read(start, width), np.array(columns, dtype=np.int64)
 
     def read_mask(self, start: int, count: int) -> np.ndarray:
         """The mask of tokens ``[start, start + count)``, bool; only for kind "chat"."""
         out = np.empty(count, dtype=bool)
         for shard, begin, end, offset in self._pieces(start, count):
-            reader = self._shards[shard].file("mask")
+            reader = self._shard(shard).file("mask")
             first, last = begin // 8, (end + 7) // 8
             reader.check(first, last)
             bits = np.unpackbits(reader.values[first:last], bitorder="little")
             out[offset : offset + end - begin] = bits[begin - first * 8 : end - first * 8]
         return out
+
+    def _shard(self, index: int) -> _Shard:
+        shard = self._opened.get(index)
+        if shard is None:
+            # setdefault: of two threads one must win, so that both see the same checked blocks
+            made = _Shard(self.directory, self.manifest["shards"][index], self._dtype)
+            shard = self._opened.setdefault(index, made)
+        return shard
 
     def _pieces(self, start: int, count: int) -> list[tuple[int, int, int, int]]:
         """(shard, begin and end within it, offset in the result) of a range of the stream."""

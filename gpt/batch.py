@@ -102,9 +102,12 @@ def micro_batches(rows: Rows, count: int, rows_per_forward: int, device: torch.d
     have, need = len(rows.input_ids), count * rows_per_forward
 
     def filled(values: np.ndarray, blank: bool = False) -> torch.Tensor:
-        extra_shape = (need - have, values.shape[1])
-        extra = np.zeros(extra_shape, values.dtype) if blank or not have else np.broadcast_to(values[:1], extra_shape)
-        return torch.from_numpy(np.concatenate([values, extra])).to(device)
+        if have < need:
+            extra_shape = (need - have, values.shape[1])
+            blank = blank or not have
+            extra = np.zeros(extra_shape, values.dtype) if blank else np.broadcast_to(values[:1], extra_shape)
+            values = np.concatenate([values, extra])
+        return torch.from_numpy(values).to(device)
 
     mask = filled(rows.target_mask, blank=True)
     parts = [filled(rows.input_ids), filled(rows.targets), filled(rows.position_ids), mask]

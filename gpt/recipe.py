@@ -95,6 +95,17 @@ class Source(Section):
     """A folder of token shards, as `trainyard prepare` writes it (`…/train`)."""
     weight: PositiveFloat = 1.0
     """Its share of the samples, relative to the other sources' weights."""
+    max_epochs: PositiveFloat | None = None
+    """A run that would repeat it more often is refused. null: more than 4 times is warned about (arXiv:2305.16264)."""
+
+
+class DataStage(Section):
+    """A part of the run in which the training sets have weights of their own."""
+
+    until_tokens: PositiveInt | None = None
+    """Where it ends, in tokens from the beginning: a whole number of global batches. The last stage has no end."""
+    weights: list[Annotated[Float, Field(ge=0)]]
+    """The weight of each set of data.train, in its order; 0 leaves the set out of this stage."""
 
 
 class Data(Section):
@@ -102,10 +113,36 @@ class Data(Section):
 
     train: Annotated[list[Source], Field(min_length=1)]
     """The training sets and their weights."""
+    stages: list[DataStage] = []
+    """A curriculum: stages, one after another, whose weights stand in the place of the sets' own. Empty: none."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How texts fill sequences. concatenate: one after another, cut where a sequence is full. best_fit: none is cut
+    that fits into a sequence, and the rest of a sequence is padding (arXiv:2404.10830). Conversations are always packed
+    best-fit. Either way a document does not see its neighbours."""
+    workers: Annotated[Int, Field(ge=0)] = 1
+    """Threads of each rank that read global batches ahead, one each. 0: nothing is read ahead. Any number gives the
+    same batches."""
     validation: str | None = None
     """A folder of token shards that is never trained on. null: no evaluation."""
     sequence_length: PositiveInt
     """Tokens of one sequence (one sample)."""
+
+    @model_validator(mode="after")
+    def _stages_fit_sources(self) -> "Data":
+        for number, stage in enumerate(self.stages):
+            if len(stage.weights) != len(self.train):
+                raise ValueError(
+                    f"data.stages.{number}.weights has {len(stage.weights)} weights, but data.train has "
+                    f"{len(self.train)} sets: give one for each"
+                )
+            if (stage.until_tokens is None) != (number == len(self.stages) - 1):
+                raise ValueError("every stage of data.stages but the last needs until_tokens, and the last has none")
+        ends = [stage.until_tokens or 0 for stage in self.stages[:-1]]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"until_tokens must grow from stage to stage of data.stages, but they are {ends}")
+        if self.stages and any(source.weight != 1.0 for source in self.train):
+            raise ValueError("the weights are in data.stages, so data.train must not have any: take them out of one")
+        return self
 
 
 class Train(Section):
@@ -252,6 +289,13 @@ class Recipe(Section):
                 f"train.global_batch_tokens is {batch}, which is not a whole number of sequences of "
                 f"data.sequence_length {length}: use {f'{below} or ' if below else ''}{above}"
             )
+        for number, stage in enumerate(self.data.stages):
+            if stage.until_tokens is not None and stage.until_tokens % batch:
+                below, above = stage.until_tokens // batch * batch, (stage.until_tokens // batch + 1) * batch
+                raise ValueError(
+                    f"data.stages.{number}.until_tokens is {stage.until_tokens}, which is not a whole number of global "
+                    f"batches of {batch} tokens: use {f'{below} or ' if below else ''}{above}"
+                )
         return self
 
     @property

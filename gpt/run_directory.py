@@ -25,8 +25,8 @@ STALE_SECONDS = 60.0
 """A writer on another host is taken for dead when its heartbeat is older than this."""
 
 FREE_FIELDS = (
-    "name", "runs_directory", "train.micro_batch_sequences", "deepspeed", "compile", "gradient_checkpointing",
-    "checkpoint", "evaluate", "logging",
+    "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile",
+    "gradient_checkpointing", "checkpoint", "evaluate", "logging",
 )  # fmt: skip
 ANNOUNCED_FIELDS = (
     "train.tokens", "train.steps", "train.epochs", "optimizer.learning_rate", "optimizer.schedule",

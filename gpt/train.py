@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from data_pipeline.mixture import Stage
 from data_pipeline.stream import TrainingStream, ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from gpt.batch import BatchPlan, plan_batch
@@ -49,8 +50,14 @@ class RunPlan:
         lines = [f"run: {self.recipe.run_directory()}", *(f"data: {line}" for line in self.training.describe())]
         lines += self.batch.describe()
         lines.append(f"length: {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, {epochs:.2f} epochs")
+        lines += self.repeated_data()
         lines += self.schedule.describe()
         return lines + [f"changed since the run began: {change}" for change in self.changes]
+
+    def repeated_data(self) -> list[str]:
+        """Warnings about data that the run repeats or never reaches. Raises ValueError beyond a set's max_epochs."""
+        samples = self.schedule.total_steps * self.recipe.global_batch_sequences
+        return self.training.describe_run(samples, [source.max_epochs for source in self.recipe.data.train])
 
 
 def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
@@ -63,7 +70,7 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     changes = compare_recipes(stored, recipe) if stored is not None else []
     tokenizer = load_tokenizer(Path(recipe.tokenizer))
     length = recipe.data.sequence_length
-    training = TrainingStream([(Path(s.path), s.weight) for s in recipe.data.train], length, recipe.train.seed)
+    training = open_training_data(recipe)
     validation = ValidationStream(Path(recipe.data.validation), length) if recipe.data.validation is not None else None
     sha256 = tokenizer_fingerprint(Path(recipe.tokenizer))
     for name, stream in (("data.train", training), ("data.validation", validation)):
@@ -77,9 +84,23 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
     deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)
     plan = RunPlan(recipe, tokenizer, config, training, validation, batch, schedule, deepspeed, changes)
+    plan.repeated_data()
     if validation is not None:
         sample_prompt(plan)  # refused here, not at the first evaluation
     return plan
+
+
+def open_training_data(recipe: Recipe) -> TrainingStream:
+    """The recipe's training stream: its sources, stages and packing."""
+    data = recipe.data
+    ends = [None if s.until_tokens is None else s.until_tokens // data.sequence_length for s in data.stages]
+    return TrainingStream(
+        [(Path(source.path), source.weight) for source in data.train],
+        data.sequence_length,
+        recipe.train.seed,
+        stages=[Stage(stage.weights, end) for stage, end in zip(data.stages, ends, strict=True)],
+        packing=data.packing,
+    )
 
 
 def check(recipe: Recipe, world_size: int) -> None:
@@ -202,7 +223,7 @@ def _run_claimed(
         metrics=metrics,
         engine=engine,
         ranks=ranks,
-        batches=BatchSource(plan.training, plan.batch, ranks),
+        batches=BatchSource(plan.training, plan.batch, ranks, recipe.data.workers),
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
@@ -216,7 +237,9 @@ def _run_claimed(
         first_step=resumed + 1,
         restarts=generation - 1,
     )
-    if owner is not None and resumed >= plan.schedule.total_steps:
+    if resumed < plan.schedule.total_steps:
+        _check_isolation(plan, trainer)
+    elif owner is not None:
         print(f"nothing is left to do: the run ended at step {resumed}", flush=True)
     trainer.fit()
     if owner is not None and metrics is not None:
@@ -224,6 +247,29 @@ def _run_claimed(
         if trainer.stopped_at is None:
             owner.write_event("end", step=plan.schedule.total_steps)
     return trainer.stopped_at
+
+
+def _check_isolation(plan: RunPlan, trainer: Any) -> None:
+    """Where rows may hold several documents: refuse a model that does not keep them apart."""
+    from gpt.isolation import check_isolation
+    from gpt.model import DTYPES
+
+    if not any(stream is not None and stream.may_join_documents for stream in (plan.training, plan.validation)):
+        return
+    model = trainer.engine.module
+    trainer.engine.eval()
+    with trainer.uncompiled():
+        line = check_isolation(
+            trainer.forward,
+            f"{type(model).__name__} with {model.config._attn_implementation} attention",
+            rows=plan.batch.rows_per_forward,
+            sequence_length=plan.recipe.data.sequence_length,
+            vocabulary_size=plan.config.get_text_config().vocab_size,
+            dtype=DTYPES[plan.recipe.precision],
+            device=trainer.ranks.device,
+        )
+    if trainer.owner is not None and line is not None:
+        print(line, flush=True)
 
 
 def _open_metrics(plan: RunPlan, owner: Any, resumed: int) -> Any:

@@ -33,28 +33,29 @@ class SampleStream(Protocol):
     """Training data: sample positions in, rows out; its order is a pure function of seed and position."""
 
     def sample_ids(self, start: int, count: int) -> np.ndarray: ...
-    def rows(self, positions: np.ndarray) -> Rows: ...
+    def rows(self, positions: range) -> Rows: ...
 
 
 class BatchSource:
-    """The global batches of a run as this rank sees them; the next one is made ready in a thread."""
+    """The global batches of a run as this rank sees them; `workers` threads make the next ones ready, one each."""
 
-    def __init__(self, stream: SampleStream, batch: BatchPlan, ranks: Ranks) -> None:
-        self._stream, self._batch, self._ranks = stream, batch, ranks
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._ready: tuple[int, Future[list[MicroBatch]]] | None = None
+    def __init__(self, stream: SampleStream, batch: BatchPlan, ranks: Ranks, workers: int = 1) -> None:
+        self._stream, self._batch, self._ranks, self._workers = stream, batch, ranks, workers
+        self._threads = ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="batches")
+        self._ready: dict[int, Future[list[MicroBatch]]] = {}
 
     def take(self, step: int) -> list[MicroBatch]:
-        """This rank's forwards of optimizer step `step` (the first is 1). The next step's are begun."""
-        future = self._ready[1] if self._ready and self._ready[0] == step else self._thread.submit(self._make, step)
-        result = future.result()
-        self._ready = (step + 1, self._thread.submit(self._make, step + 1))
+        """This rank's forwards of optimizer step `step` (the first is 1). The next steps' are begun."""
+        future = self._ready.pop(step, None)
+        result = future.result() if future is not None else self._make(step)
+        ahead = range(step + 1, step + 1 + self._workers)
+        self._ready = {s: self._ready.get(s) or self._threads.submit(self._make, s) for s in ahead}
         return result
 
     def first_row(self, step: int) -> MicroBatch:
         """The first sequence of a step's global batch, the same on every rank."""
         position = (step - 1) * self._batch.global_batch_sequences
-        return micro_batches(self._stream.rows(np.array([position], np.uint64)), 1, 1, self._ranks.device)[0]
+        return micro_batches(self._stream.rows(range(position, position + 1)), 1, 1, self._ranks.device)[0]
 
     def digest(self, step: int) -> str:
         """xxh3 of the sample ids of a step's global batch."""
@@ -63,14 +64,13 @@ class BatchSource:
         return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, "<u8").tobytes())
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
 
     def _make(self, step: int) -> list[MicroBatch]:
         first, end = self._batch.rank_range(self._ranks.rank)
         start = (step - 1) * self._batch.global_batch_sequences
-        positions = np.arange(start + first, start + end, dtype=np.uint64)
-        rows, plan = self._stream.rows(positions), self._batch
+        rows, plan = self._stream.rows(range(start + first, start + end)), self._batch
         return micro_batches(rows, plan.accumulation_steps, plan.rows_per_forward, self._ranks.device)
 
 

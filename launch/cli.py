@@ -167,6 +167,47 @@ def verify(
 
 
 @app.command()
+def preview(
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder of token shards; default: the recipe's data.train.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe whose batches, order and tokenizer are shown.")] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Global batches.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each batch.")] = 4,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a row where there is no recipe.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """The first batches as the model sees them: learnt tokens green (or in « »), document boundaries, padding.
+
+    Example: `trainyard preview data/shakespeare/train` or `trainyard preview --recipe recipe.yaml --batches 2`
+    """
+    from data_pipeline import preview as shown
+    from data_pipeline.stream import TrainingStream
+
+    if recipe is not None:
+        from gpt.recipe import load_recipe
+        from gpt.train import open_training_data
+
+        instead = [f"data.train=[{{path: {json.dumps(str(data))}}}]", "data.stages=[]"] if data is not None else []
+        resolved = load_recipe(recipe, instead)
+        stream, tokenizer_path = open_training_data(resolved), Path(resolved.tokenizer)
+        batch_rows = resolved.global_batch_sequences
+    elif data is not None:
+        stream, tokenizer_path = TrainingStream([(data, 1.0)], sequence_length, 0), data.parent / "tokenizer"
+        batch_rows = rows
+    else:
+        raise typer.BadParameter("give a folder of token shards, or a recipe with --recipe")
+    with _answer(as_json) as answer:
+        tokenizer = shown.open_tokenizer(stream, tokenizer_path)
+        found = shown.preview_rows(stream, batch_rows, batches, rows)
+        answer(shown.as_json(found))
+        if not as_json:
+            from rich.console import Console
+
+            shown.print_preview(found, tokenizer, Console(highlight=False))
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,

@@ -59,8 +59,8 @@ class RaggedStream:
     def sample_ids(self, start: int, count: int) -> np.ndarray:
         return np.arange(start, start + count, dtype=np.uint64)
 
-    def rows(self, positions: np.ndarray) -> Any:
-        return ragged_rows(positions)
+    def rows(self, positions: range) -> Any:
+        return ragged_rows(np.array(positions))
 
 
 def main(out: Path, micro_batch_sequences: int) -> None:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from data_pipeline.mixture import PATTERN_SLOTS, Mixture
+from data_pipeline.mixture import PATTERN_SLOTS, Mixture, Stage
 from data_pipeline.order import ORDER_VERSION, order_key, permute
-from data_pipeline.packing import pack_best_fit
+from data_pipeline.packing import cut_long_documents, pack_best_fit
 
 
 def _all(n: int, seed: int = 0, source: int = 0, epoch: int = 0) -> np.ndarray:
@@ -57,29 +57,72 @@ def test_permutation_refuses_what_is_outside(indices: list[int], n: int) -> None
 
 
 def test_mixture_has_exact_proportions_and_counts_each_source_without_gaps() -> None:
-    mixture = Mixture([5, 3, 2])
-    assert mixture.slots.tolist() == [32768, 19661, 13107]
+    mixture = Mixture([Stage([5, 3, 2])])
+    assert mixture.slots.tolist() == [[32768, 19661, 13107]]
     source, index = mixture.locate(np.arange(3 * PATTERN_SLOTS, dtype=np.uint64))
-    for number, slots in enumerate(mixture.slots):
+    for number, slots in enumerate(mixture.slots[0]):
         assert np.array_equal(index[source == number], np.arange(3 * slots, dtype=np.uint64))
     # Spread evenly: any 1000 positions hold each source's share to within a few samples.
     for start in range(0, PATTERN_SLOTS - 1000, 997):
         assert np.bincount(source[start : start + 1000], minlength=3) == pytest.approx([500, 300, 200], abs=3)
 
 
+def test_stages_have_their_own_proportions_and_count_on_without_gaps() -> None:
+    stages = [Stage([1, 0, 3], 10_000), Stage([0, 1, 0], 10_007), Stage([1, 1, 2], 200_001), Stage([5, 1, 0])]
+    mixture = Mixture(stages)
+    n = 300_000
+    source, index = mixture.locate(np.arange(n, dtype=np.uint64))
+    for number in range(3):
+        mine = index[source == number]
+        assert np.array_equal(mine, np.arange(mine.size, dtype=np.uint64))
+    ends = [0, 10_000, 10_007, 200_001, n]
+    for stage, begin, end in zip(stages, ends, ends[1:], strict=False):
+        found = np.bincount(source[begin:end], minlength=3)
+        assert found == pytest.approx(np.array(stage.weights) / sum(stage.weights) * (end - begin), abs=3)
+        assert not found[np.array(stage.weights) == 0].any()
+    for position in (0, 1, 9_999, 10_000, 10_003, 10_007, 150_000, 200_001, n):
+        assert mixture.counts(position).tolist() == np.bincount(source[:position], minlength=3).tolist()
+    dice = np.random.default_rng(0).integers(0, n, 500)
+    again = mixture.locate(dice.astype(np.uint64))
+    assert np.array_equal(again[0], source[dice]) and np.array_equal(again[1], index[dice])
+
+
+def test_one_stage_without_end_is_the_mixture_of_version_1() -> None:
+    # Written before there were stages: stored runs depend on these.
+    source, index = Mixture([Stage([0.5, 0.3, 0.2])]).locate(np.arange(70_000, 70_010, dtype=np.uint64))
+    assert source.tolist() == [1, 0, 0, 2, 1, 0, 0, 1, 2, 0]
+    assert index.tolist() == [21000, 35000, 35001, 14000, 21001, 35002, 35003, 21002, 14001, 35004]
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([Stage([1, 1], 5), Stage([1])], "stage 1 has 1 weights for 2 sources"),
+        ([Stage([1, 1], 5), Stage([0, 0])], "the weights of stage 1 are all 0"),
+        ([Stage([1, 0], 5), Stage([1, 0])], "source 1 is 0 in every stage"),
+        ([Stage([1, 1]), Stage([1, 1])], "every stage but the last needs an end"),
+        ([Stage([1, 1], 5)], "the last has none"),
+        ([Stage([1, 1], 5), Stage([1, 0], 5), Stage([1, 1])], "do not grow"),
+    ],
+)
+def test_stages_that_do_not_fit(stages: list[Stage], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Mixture(stages)
+
+
 def test_mixture_far_from_the_start_equals_the_walk_there() -> None:
-    mixture = Mixture([0.9, 0.1])
+    mixture = Mixture([Stage([0.9, 0.1])])
     source, index = mixture.locate(np.array([10**12], dtype=np.uint64))
     repeats, slot = divmod(10**12, PATTERN_SLOTS)
     near_source, near_index = mixture.locate(np.array([slot], dtype=np.uint64))
     assert source[0] == near_source[0]
-    assert int(index[0]) == repeats * int(mixture.slots[source[0]]) + int(near_index[0])
+    assert int(index[0]) == repeats * int(mixture.slots[0, source[0]]) + int(near_index[0])
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 0.0], [1.0, -1.0], [float("nan")], [float("inf")], [1.0, 1e-9]])
 def test_mixture_refuses_bad_weights(weights: list[float]) -> None:
     with pytest.raises(ValueError, match=r"weight|at least one source"):
-        Mixture(weights)
+        Mixture([Stage(weights)])
 
 
 def test_packing_places_each_document_once_and_within_capacity() -> None:
@@ -106,3 +149,15 @@ def test_packing_of_nothing_that_fits() -> None:
     table = pack_best_fit(np.array([11, 12]), 10)
     assert table.offsets.tolist() == [0]
     assert table.too_long.tolist() == [0, 1]
+
+
+def test_long_documents_are_cut_so_that_every_token_but_the_first_is_a_target_once() -> None:
+    lengths = np.array([1, 2, 5, 6, 7, 10, 11, 12, 25], dtype=np.int64)
+    starts, sizes = cut_long_documents(lengths, 5)
+    assert sizes.max() == 6
+    begins = np.cumsum(lengths) - lengths
+    targets = [token for start, size in zip(starts, sizes, strict=True) for token in range(start + 1, start + size)]
+    assert sorted(targets) == sorted(set(range(lengths.sum())) - set(begins.tolist()))
+    short = lengths <= 6  # these stay whole
+    kept = set(zip(starts.tolist(), sizes.tolist(), strict=True))
+    assert set(zip(begins[short].tolist(), lengths[short].tolist(), strict=True)) <= kept

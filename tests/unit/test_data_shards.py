@@ -34,8 +34,7 @@ def test_round_trip_over_several_shards(tmp_path: Path, small_blocks: None) -> N
     assert np.array_equal(shards.read(0, flat.size), flat)
     assert shards.document_lengths().tolist() == [len(document) for document in documents]
     starts = np.arange(0, flat.size - 40, 7)
-    windows = np.empty((starts.size, 41), dtype=np.int64)
-    shards.read_windows(starts, windows)
+    windows, _, _ = shards.read_windows(starts, 41)
     assert all(np.array_equal(row, flat[start : start + 41]) for row, start in zip(windows, starts, strict=True))
 
 
@@ -79,7 +78,7 @@ def test_flipped_byte_is_named_with_block_and_command(tmp_path: Path, small_bloc
     ):
         shards.read(32 * 5, 1)
     with pytest.raises(ValueError, match="block 5"):  # and it stays refused
-        shards.read_windows(np.array([32 * 4]), np.empty((1, 64), dtype=np.int64))
+        shards.read_windows(np.array([32 * 4]), 64)
 
 
 @pytest.mark.parametrize("suffix", ["docs", "mask"])
@@ -117,12 +116,12 @@ def test_documents_are_found_in_any_window(tmp_path: Path, small_blocks: None) -
     documents = random_documents(60, 40, seed=3)
     shards = TokenShards(write_shards(tmp_path / "d", documents, shard_bytes=300))
     begins = np.cumsum([0, *(len(document) for document in documents)])[:-1]
-    starts = np.arange(0, shards.tokens, 3)
-    rows, columns = shards.document_beginnings(starts, 37)
+    starts = np.arange(0, shards.tokens - 36, 3)
+    _, rows, columns = shards.read_windows(starts, 37)
     expected = [
         (row, int(begin - start)) for row, start in enumerate(starts) for begin in begins if start < begin < start + 37
     ]
-    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
     assert any(column == 36 for _, column in expected)
 
 
@@ -201,7 +200,7 @@ def test_reading_outside_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="has 3 tokens"):
             shards.read(start, count)
         with pytest.raises(ValueError, match="has 3 tokens"):
-            shards.read_windows(np.array([start]), np.empty((1, count), dtype=np.int64))
+            shards.read_windows(np.array([start]), count)
 
 
 def test_threads_share_a_reader(tmp_path: Path, small_blocks: None) -> None:

@@ -1,18 +1,22 @@
 """Streams: rows at positions, masks and position ids, epochs, mixtures, validation in full."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from data_samples import random_documents, write_shards
 
+from data_pipeline import token_shards
+from data_pipeline.mixture import Stage
 from data_pipeline.stream import SOURCE_SHIFT, Rows, TrainingStream, ValidationStream
 
 FIELDS = ("input_ids", "targets", "position_ids", "target_mask")
 
 
-def _equal(first: Rows, second: Rows) -> bool:
-    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in FIELDS)
+def _equal(part: Rows, whole: Rows, chosen: Any = slice(None)) -> bool:
+    """Whether ``part`` is the rows ``chosen`` of ``whole``."""
+    return all(np.array_equal(getattr(part, name), getattr(whole, name)[chosen]) for name in FIELDS)
 
 
 def _text(directory: Path, seed: int = 0, **options: object) -> Path:
@@ -79,7 +83,7 @@ def test_rows_do_not_depend_on_how_positions_are_dealt(tmp_path: Path, make: obj
             for start in range(0, len(mine), micro_batch):
                 positions = mine[start : start + micro_batch]
                 part = fresh.rows(positions)
-                assert _equal(part, Rows(*(getattr(whole, name)[positions] for name in FIELDS)))
+                assert _equal(part, whole, positions)
 
 
 def test_text_samples_are_the_windows_of_the_stream_and_each_comes_once_an_epoch(tmp_path: Path) -> None:
@@ -153,7 +157,7 @@ def test_mixture_keeps_shares_and_epochs_of_each_source(tmp_path: Path) -> None:
         row = int(np.flatnonzero(source_of[:64] == source)[0])
         sample = ids[row] & np.uint64((1 << SOURCE_SHIFT) - 1)
         position = int(np.flatnonzero(single.sample_ids(0, single.samples_per_epoch) == sample)[0])
-        assert _equal(single.rows(np.array([position])), Rows(*(getattr(rows, name)[[row]] for name in FIELDS)))
+        assert _equal(single.rows(np.array([position])), rows, [row])
     assert stream.samples_per_epoch == sum(TrainingStream([source], 16, 0).samples_per_epoch for source in sources)
 
 
@@ -206,3 +210,120 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         TrainingStream([], 16, 0)
     with pytest.raises(FileNotFoundError, match="there is no directory"):
         ValidationStream(tmp_path / "none", 16)
+
+
+def test_best_fit_keeps_documents_whole_and_cuts_only_long_ones(tmp_path: Path) -> None:
+    documents = [[10, 11, 12], [20, 21, 22, 23, 24, 25, 26], [30, 31], [40, 41, 42, 43, 44]]
+    write_shards(tmp_path / "d", documents)
+    stream = TrainingStream([(tmp_path / "d", 1.0)], 4, seed=0, packing="best_fit")
+    rows = stream.rows(np.arange(stream.samples_per_epoch))
+    found = {tuple(row) for row in rows.tokens.tolist()}
+    # 20..24 fills a row; its rest 24..26 and the 3 of the first have room for 30 31; 40..44 fills a row
+    assert found == {(20, 21, 22, 23, 24), (40, 41, 42, 43, 44), (24, 25, 26, 1, 1), (10, 11, 12, 30, 31)} or found == {
+        (20, 21, 22, 23, 24), (40, 41, 42, 43, 44), (10, 11, 12, 1, 1), (24, 25, 26, 30, 31)
+    }  # fmt: skip
+    learnt = sorted(rows.targets[rows.target_mask].tolist())
+    assert learnt == sorted(token for document in documents for token in document[1:])
+    joined = next(i for i, row in enumerate(rows.tokens.tolist()) if row[-1] == 31)
+    assert rows.position_ids[joined].tolist() == [0, 1, 2, 0]
+    assert rows.target_mask[joined].tolist() == [True, True, False, True]
+    assert "5 pieces: 4 samples of 4 tokens, 90.0% filled" in stream.describe()[0]
+
+
+def test_best_fit_learns_every_token_once_and_has_another_fingerprint(tmp_path: Path) -> None:
+    documents = random_documents(80, 40)
+    write_shards(tmp_path / "d", documents, shard_bytes=300)
+    stream = TrainingStream([(tmp_path / "d", 1.0)], 16, seed=0, packing="best_fit")
+    rows = stream.rows(np.arange(stream.samples_per_epoch))
+    learnt = np.sort(rows.targets[rows.target_mask])
+    assert np.array_equal(learnt, np.sort(np.concatenate([document[1:] for document in documents])))
+    plain = TrainingStream([(tmp_path / "d", 1.0)], 16, seed=0)
+    assert stream.fingerprint != plain.fingerprint
+    with pytest.raises(ValueError, match="packing is 'tight'; it must be one of concatenate, best_fit"):
+        TrainingStream([(tmp_path / "d", 1.0)], 16, 0, packing="tight")
+
+
+def test_fingerprint_of_version_1(tmp_path: Path) -> None:
+    # Checkpoints written before there were stages and packings must still be continued.
+    write_shards(tmp_path / "d", [[10, 11, 0], [20, 21, 22, 0], [30, 0]])
+    assert TrainingStream([(tmp_path / "d", 1.0)], 4, 0).fingerprint == "bc97b0029b7a3aa67fa72b923f8070bd"
+
+
+def test_stages_change_the_sources_at_their_positions(tmp_path: Path) -> None:
+    sources = [(_text(tmp_path / "a"), 1.0), (_text(tmp_path / "b", seed=1), 1.0)]
+    stages = [Stage([1, 0], 40), Stage([1, 1])]
+    stream = TrainingStream(sources, 16, seed=0, stages=stages)
+    ids = stream.sample_ids(0, 400)
+    source_of = (ids >> np.uint64(SOURCE_SHIFT)).astype(int)
+    assert not source_of[:40].any()
+    assert np.bincount(source_of[40:]).tolist() == [180, 180]
+    n = TrainingStream(sources[:1], 16, 0).samples_per_epoch
+    first = ids[source_of == 0]
+    assert np.array_equal(np.sort(first[:n]), np.arange(n, dtype=np.uint64))  # epochs run through the stages
+    assert stream.epochs(400) == [220 / n, 180 / (stream.samples_per_epoch - n)]
+    assert "(100.0%, then 50.0% of the samples)" in stream.describe()[0]
+    later = TrainingStream(sources, 16, seed=0, stages=[Stage([1, 0], 48), Stage([1, 1])])
+    plain = TrainingStream(sources, 16, seed=0)
+    assert len({stream.fingerprint, later.fingerprint, plain.fingerprint}) == 3
+
+
+def test_repeated_data_is_warned_about_or_refused(tmp_path: Path) -> None:
+    sources = [(_text(tmp_path / "a"), 3.0), (_text(tmp_path / "b", seed=1), 1.0)]
+    stream = TrainingStream(sources, 16, seed=0)
+    n = TrainingStream(sources[:1], 16, 0).samples_per_epoch
+    samples = 6 * n  # the first set 4.5 times, the second about 1.5
+    [warning] = stream.describe_run(samples, [None, None])
+    assert warning.startswith(f"warning: the run repeats {tmp_path / 'a'} 4.5 times")
+    assert stream.describe_run(5 * n, [None, None]) == []
+    assert stream.describe_run(samples, [5.0, None]) == []  # who allows it knows it
+    with pytest.raises(ValueError, match=r"a 4\.5\d times, but its max_epochs is 4:"):
+        stream.describe_run(samples, [4.0, None])
+    staged = TrainingStream(sources, 16, seed=0, stages=[Stage([1, 1], 10), Stage([1, 1], 20), Stage([1, 2])])
+    assert staged.describe_run(15, [None, None]) == [
+        "warning: the run ends before its last 1 of 3 stages of data begin"
+    ]
+    assert staged.describe_run(21, [None, None]) == []
+
+
+def test_whether_rows_may_join_documents(tmp_path: Path) -> None:
+    assert not ValidationStream(write_shards(tmp_path / "one", [[5] * 40]), 16).may_join_documents
+    assert ValidationStream(_text(tmp_path / "many"), 16).may_join_documents
+    whole_rows = write_shards(tmp_path / "chat", [[5] * 16, [6] * 16], [[True] * 16] * 2)
+    assert not TrainingStream([(whole_rows, 1.0)], 16, 0).may_join_documents
+    assert TrainingStream([(whole_rows, 1.0)], 31, 0).may_join_documents
+    mixed = TrainingStream([(tmp_path / "one", 1.0), (_text(tmp_path / "text"), 1.0)], 16, 0)
+    assert mixed.may_join_documents
+
+
+def test_a_range_and_an_array_of_positions_are_the_same(tmp_path: Path) -> None:
+    for make in (_text, _chat):
+        stream = TrainingStream([(make(tmp_path / make.__name__), 1.0)], 16, seed=0)
+        for positions in (range(3, 11), range(4090, 4102), range(0), range(5, 0), range(2, 30, 5)):
+            assert _equal(stream.rows(positions), stream.rows(np.array(positions, dtype=np.int64)))
+    with pytest.raises(ValueError, match="position -2"):
+        stream.rows(range(-2, 1))
+
+
+def test_more_shards_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = random_documents(200, 60)
+    write_shards(tmp_path / "d", documents, shard_bytes=100)
+    opened: list[str] = []
+    plain = token_shards._Shard._open
+    monkeypatch.setattr(
+        token_shards._Shard, "_open", lambda shard: (opened.append(shard._entry["name"]), plain(shard))[1]
+    )
+    checked: list[int] = []
+    check = token_shards._Blocks.check
+    monkeypatch.setattr(token_shards._Blocks, "check", lambda *args: (checked.append(1), check(*args))[1])
+    monkeypatch.setattr(token_shards, "MOST_OPEN_SHARDS", 5)
+    monkeypatch.setattr(token_shards, "_OPEN_SHARDS", token_shards._OpenShards())
+    stream = ValidationStream(tmp_path / "d", 16)
+    shards = stream._shards
+    assert len(shards.manifest["shards"]) > 40
+    everything = [stream.rows(np.arange(stream.number_of_samples)) for _ in range(2)]
+    assert _equal(everything[0], everything[1])
+    flat = np.concatenate(documents)
+    assert np.array_equal(everything[0].targets.ravel()[: flat.size - 1], flat[1:])
+    assert sum(shard._files is not None for shard in shards._opened.values()) <= 5
+    assert len(opened) > len(set(opened))  # some were closed and opened again
+    assert len(checked) == 2 * len(set(opened))  # but each block of .bin and .docs was checked once

@@ -70,6 +70,8 @@ def test_numbers_of_the_model_configuration_too(tmp_path: Path) -> None:
         ("train.steps", float("inf"), "not a whole number"),
         ("train.steps", 0, "greater than 0"),
         ("train.seed", -1, "greater than or equal to 0"),
+        ("data.packing", "tight", "'concatenate' or 'best_fit'"),
+        ("data.workers", -1, "greater than or equal to 0"),
         ("train.micro_batch_sequences", False, "False is not a number"),
         ("checkpoint.every_steps", 0, "greater than 0"),
         ("precision", "int8", "'bf16', 'fp16' or 'fp32'"),
@@ -81,6 +83,37 @@ def test_bad_values_are_named_with_their_field(field: str, value: Any, said: str
     assert field in message
     assert said in message
     assert repr(value) in message or "betas" in field
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"until_tokens": 512, "weights": [1]}, {"weights": [0.5, 0.5]}], "data.stages.0.weights has 1 weights, but"),
+        ([{"weights": [1, 0]}, {"weights": [1, 1]}], "every stage of data.stages but the last needs until_tokens"),
+        ([{"until_tokens": 512, "weights": [1, 0]}], "the last has none"),
+        (
+            [{"until_tokens": 1000, "weights": [1, 0]}, {"weights": [1, 1]}],
+            "data.stages.0.until_tokens is 1000, which is not a whole number of global batches of 256 tokens: use 768 "
+            "or 1024",
+        ),
+        ([{"until_tokens": 100, "weights": [1, 0]}, {"weights": [1, 1]}], "of 256 tokens: use 256"),
+        ([{"until_tokens": 512, "weights": [1, 0]}] * 2 + [{"weights": [1, 1]}], "must grow from stage to stage"),
+        ([{"until_tokens": 512, "weights": [1, -1]}, {"weights": [1, 1]}], "data.stages.0.weights.1"),
+        ([{"until_token": 512, "weights": [1, 1]}], "data.stages.0.until_token: did you mean until_tokens?"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(stages: list[dict[str, Any]], said: str) -> None:
+    two = [{"path": "a"}, {"path": "b"}]
+    assert said in refusal({"data.train": two, "data.stages": stages})
+
+
+def test_stages_that_fit_and_weights_in_one_place_only() -> None:
+    stages = [{"until_tokens": "2_560", "weights": [1, 0]}, {"weights": [0.5, 0.5]}]
+    two = [{"path": "a"}, {"path": "b"}]
+    recipe = make_recipe({"data.train": two, "data.stages": stages})
+    assert [stage.until_tokens for stage in recipe.data.stages] == [2560, None]
+    two[1]["weight"] = 2  # type: ignore[assignment]
+    assert "the weights are in data.stages" in refusal({"data.train": two, "data.stages": stages})
 
 
 # Keys

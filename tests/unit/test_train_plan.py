@@ -100,6 +100,76 @@ def test_more_processes_than_sequences_are_refused(prepared_data: PreparedData, 
     assert "9 processes but only 8 sequences in a global batch" in refusal(recipe, 9)
 
 
+def test_repeated_data_is_printed_and_refused_beyond_its_max_epochs(
+    prepared_data: PreparedData, tmp_path: Path
+) -> None:
+    source = {"path": str(prepared_data.text / "train")}
+    changes = {"data.train": [source], "train.epochs": 6}
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path, changes, without=("train.steps",)), 1)
+    assert any(line.startswith("warning: the run repeats") for line in plan.describe())
+    changes["data.train"] = [source | {"max_epochs": 5}]
+    with pytest.raises(ValueError, match="but its max_epochs is 5"):
+        plan_run(recipe_for(prepared_data.text, tmp_path, changes, without=("train.steps",)), 1)
+
+
+def test_stages_and_packing_reach_the_stream(prepared_data: PreparedData, tmp_path: Path) -> None:
+    paths = [str(getattr(prepared_data, kind) / "train") for kind in ("text", "chat")]
+    stages = [{"until_tokens": 1024, "weights": [1, 0]}, {"weights": [0, 1]}]
+    changes = {"data.train": [{"path": path} for path in paths], "data.stages": stages, "data.packing": "best_fit"}
+    wide = {"data.sequence_length": 64, "data.workers": 3}
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path, changes | wide), 1)
+    source_of = (plan.training.sample_ids(0, 32) >> np.uint64(48)).tolist()
+    assert source_of == [0] * 16 + [1] * 16  # 1024 tokens are 16 sequences
+    assert all("% filled" in line for line in plan.training.describe() if "samples of" in line)
+
+
+def test_the_number_of_workers_may_change_when_a_run_goes_on(prepared_data: PreparedData, tmp_path: Path) -> None:
+    stored = recipe_for(prepared_data.text, tmp_path)
+    stored.run_directory().mkdir()
+    (stored.run_directory() / "recipe.yaml").write_text(yaml.safe_dump(stored.model_dump()), encoding="utf-8")
+    assert plan_run(recipe_for(prepared_data.text, tmp_path, {"data.workers": 0}), 2).changes == []
+
+
+@pytest.mark.parametrize(("documents", "checked"), [(1, False), (2, True)])
+def test_isolation_is_tried_only_where_rows_may_join_documents(
+    prepared_data: PreparedData, tmp_path: Path, documents: int, checked: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from data_samples import write_shards
+    from small_checkpoint import make_model
+
+    from data_pipeline.tokenizer import tokenizer_fingerprint
+    from gpt.train import _check_isolation
+
+    tokenizer = tokenizer_fingerprint(prepared_data.text / "tokenizer")
+    write_shards(tmp_path / "d", [[5] * 400] * documents, tokenizer_sha256=tokenizer)
+    changes = {"data.train": [{"path": str(tmp_path / "d")}], "data.validation": None}
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path, changes), 1)
+    model = make_model(vocab_size=300)
+    seen: list[int] = []
+
+    def forward(input_ids: Any, position_ids: Any) -> Any:
+        seen.append(len(input_ids))
+        return model(input_ids=input_ids, position_ids=position_ids, use_cache=True).logits
+
+    trainer = SimpleNamespace(
+        engine=SimpleNamespace(module=model, eval=model.eval),
+        forward=forward,
+        uncompiled=nullcontext,
+        ranks=SimpleNamespace(device="cpu"),
+        owner=object(),
+    )
+    if checked:
+        with pytest.raises(ValueError, match="LlamaForCausalLM with sdpa attention does not keep documents apart"):
+            _check_isolation(plan, trainer)
+        assert seen == [plan.batch.rows_per_forward] * 3
+    else:
+        _check_isolation(plan, trainer)
+        assert seen == [] and capsys.readouterr().out == ""
+
+
 def test_a_run_directory_of_another_recipe_is_refused(prepared_data: PreparedData, tmp_path: Path) -> None:
     stored = recipe_for(prepared_data.text, tmp_path)
     stored.run_directory().mkdir()
