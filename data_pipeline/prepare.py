@@ -1,199 +1,81 @@
-"""Files in, token shards out: read, split, train or take a tokenizer, encode, write.
+"""Files in, token shards out: a plan of work units, made by any number of processes and hosts, then merged.
 
-The report is written last: an output without one was interrupted, is recognised by its marker file, and is made anew.
+The report is written last. Until then the marker says whose work the output holds: a start with the same plan goes on
+with it, and one with another begins anew.
 """
 
-import hashlib
+import contextlib
+import fcntl
 import json
 import os
-import shlex
+import re
 import shutil
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
+import orjson
 
-from data_pipeline.chat import ChatRenderer
-from data_pipeline.sources import Document, ReadOptions, SourceFile, content_kind, find_files, read_documents
-from data_pipeline.token_shards import ShardWriter, TokenShards, sync_directory, write_file_atomically
-from data_pipeline.tokenizer import (
-    copy_tokenizer,
-    document_frame,
-    load_tokenizer,
-    plain_text_encoder,
-    tokenizer_files,
-    tokenizer_fingerprint,
-    train_tokenizer,
-    vocabulary_size,
-)
+from data_pipeline.merge import merge_units
+from data_pipeline.plan import SPLITS, Plan, PrepareOptions, Progress, make_plan
+from data_pipeline.shard_writer import sync_directory, write_file_atomically
+from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import copy_tokenizer, train_tokenizer
+from data_pipeline.units import NO_ROOM, RECORDS, TOKENIZER, no_room, sample_path, unit_is_done
+from data_pipeline.workers import run_units
 
-REPORT_VERSION = "prepare/1"
+REPORT_VERSION = "prepare/2"
 REPORT_NAME = "report.json"
 MARKER_NAME = "prepare.incomplete"
-SPLITS = ("train", "validation")
-BATCH_CHARACTERS = 2**20  # what is encoded in one call: enough to keep every core busy, little enough to hold in memory
-BATCH_DOCUMENTS = 4096
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass
-class PrepareOptions:
-    """What ``trainyard prepare`` is asked to do."""
-
-    inputs: list[str]  # files, folders, globs
-    output: Path
-    tokenizer: Path | None = None  # an existing tokenizer folder, or ...
-    train_vocabulary: int | None = None  # ... the vocabulary size of one to train
-    format: str = "auto"
-    text_field: str = "text"
-    prompt_field: str = "prompt"
-    response_field: str = "response"
-    delimiter: str | None = None
-    encoding: str = "utf-8"
-    validation_fraction: float = 0.01  # share of documents, where validation_inputs does not name files of their own
-    validation_inputs: list[str] = field(default_factory=list)
-    seed: int = 0
-
-    def read_options(self) -> ReadOptions:
-        delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # a shell passes the two characters
-        return ReadOptions(
-            self.format, self.text_field, self.prompt_field, self.response_field, delimiter, self.encoding
-        )
-
-    def command(self) -> str:
-        """The command line that stands for these options."""
-        words = ["trainyard", "prepare"]
-        for entry in self.inputs:
-            words += ["--input", entry]
-        words += ["--out", str(self.output)]
-        if self.tokenizer is not None:
-            words += ["--tokenizer", str(self.tokenizer)]
-        if self.train_vocabulary is not None:
-            words += ["--train-tokenizer", str(self.train_vocabulary)]
-        for entry in self.validation_inputs:
-            words += ["--validation-input", entry]
-        default = PrepareOptions([], self.output)
-        names = ["format", "text_field", "prompt_field", "response_field", "delimiter", "encoding", "seed"]
-        for name in names + ([] if self.validation_inputs else ["validation_fraction"]):
-            if getattr(self, name) != getattr(default, name):
-                words += ["--" + name.replace("_", "-"), str(getattr(self, name))]
-        return shlex.join(words)
-
-
-@dataclass
-class _Split:
-    """What is counted of one split while it is written."""
-
-    writer: ShardWriter
-    text_bytes: int = 0
-    kept_by_file: dict[int, int] = field(default_factory=dict)
-    content_hashes: array = field(default_factory=lambda: array("Q"))  # 8 bytes a document, where a list would take 40
-
-
-class _Reading:
-    """Reads all files once or several times, deals documents to splits and reports how far it has come."""
-
-    def __init__(self, options: PrepareOptions, progress: Progress | None) -> None:
-        self.read_options = options.read_options()
-        self.files, self.ignored = find_files(options.inputs, self.read_options)
-        self.train_files = len(self.files)
-        if options.validation_inputs:
-            validation_files, ignored = find_files(options.validation_inputs, self.read_options)
-            self.files += _separate_files(self.files, validation_files)
-            self.ignored += ignored
-        kinds = {content_kind(file, self.read_options): file for file in self.files}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{kinds['chat'].path} holds conversations and {kinds['text'].path} plain text: prepare them separately"
-            )
-        self.kind = next(iter(kinds))
-        self._seed = options.seed
-        self.own_validation_files = bool(options.validation_inputs)
-        self._threshold = int(options.validation_fraction * 2**64)
-        self._progress = progress
-        self._passes = 2 if options.train_vocabulary is None else 3  # checksums, (tokenizer,) encoding
-        self._bytes_done = 0
-        self.documents_in = [0] * len(self.files)
-        self.empty_documents = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
-
-    def advance(self, file_bytes: int, bytes_in_file: int, finished: bool = False) -> None:
-        """Report progress; ``finished`` moves the base behind the file."""
-        if self._progress is not None:
-            self._progress(self._bytes_done + bytes_in_file, self.total_bytes * self._passes)
-        if finished:
-            self._bytes_done += file_bytes
-
-    def documents(self, wanted: Sequence[str] = SPLITS) -> Iterator[tuple[int, Document, str, int]]:
-        """(index of the file, document, its split, hash of its content) of every document that is not empty."""
-        self.empty_documents = 0
-        for index, file in enumerate(self.files):
-            self.documents_in[index] = 0
-            if wanted == ("train",) and index >= self.train_files:
-                self.advance(file.bytes, file.bytes, finished=True)
-                continue
-            for number, document in enumerate(read_documents(file, self.read_options), start=1):
-                self.documents_in[index] = number
-                if number % 256 == 0:
-                    self.advance(file.bytes, document.bytes_read)
-                if document.messages is None and not document.text:
-                    self.empty_documents += 1
-                    continue
-                content = xxhash.xxh3_64_intdigest(_content(document), seed=self._seed)
-                split = self._split_of(index, content)
-                if split in wanted:
-                    yield index, document, split, content
-            self.advance(file.bytes, file.bytes, finished=True)
-
-    def _split_of(self, file_index: int, content_hash: int) -> str:
-        """By file where validation has its own, else by content: equal documents always fall to one split."""
-        if self.own_validation_files:
-            return SPLITS[file_index >= self.train_files]
-        return SPLITS[content_hash < self._threshold]
+SAMPLE_NAME = "sample.json"  # in RECORDS: what the tokenizer was trained on
 
 
 def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Write ``train``, ``validation``, ``tokenizer`` and ``report.json`` into ``options.output`` and return the report.
 
-    The same options on the same files give the same bytes. Where the output already holds exactly that, nothing is
-    done and the stored report comes back with ``"reused": True``.
+    The same options on the same files give the same bytes, for any number of workers and after any interruption. What
+    an interrupted call has finished is kept; where the output already holds all of it, nothing is done and the stored
+    report comes back.
 
     Args:
         options: see ``PrepareOptions``.
         progress: called now and then with (bytes done, bytes in all), passes over the files counted each.
 
+    Returns:
+        The report, and beside what its file holds ``reused`` (nothing had to be done) and ``run`` (``engine``,
+        ``units_made``, ``seconds``). Of a task whose fellows are at work: ``task``, ``units``, ``units_done``, ``run``.
+
     Raises:
         FileNotFoundError, ValueError: bad options, bad input, or an output that holds something else; one sentence.
+        OSError: the disk is full, or a unit's worker was killed again and again; the same call goes on afterwards.
     """
+    began = time.monotonic()
     _check_options(options)
-    reading = _Reading(options, progress)
-    identity = _identity(options, reading)
-    output = Path(options.output)
-    stored = _stored_report(output, identity)
+    bar = _Bar(progress, passes=2 if options.train_vocabulary is None else 3)
+    plan = make_plan(options, bar.within_pass)
+    bar.next_pass()
+    stored = _stored_report(options, plan)
+    if stored is None:
+        try:
+            with _claimed(options, plan):
+                result, run = _make(options, plan, bar)
+        except OSError as error:
+            stored = _stored_report(options, plan)
+            if stored is None:  # else another task merged meanwhile and removed the records
+                raise no_room(error, plan.output) from None
     if stored is not None:
-        return {**stored, "reused": True}
-    _clear_output(output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER_NAME).touch()
-    sync_directory(output)
-    try:
-        report = _make(options, reading, output)
-    except Exception:
-        _clear_output(output)  # a refused input leaves nothing behind; a killed process is cleaned up by the next start
-        raise
-    report = {"version": REPORT_VERSION, "identity": identity, "command": options.command(), **report}
-    content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    write_file_atomically(output / REPORT_NAME, content.encode())
-    (output / MARKER_NAME).unlink()
-    return {**report, "reused": False}
+        result, run = stored | {"reused": True}, {"engine": "", "units_made": 0}
+    return result | {"run": run | {"seconds": time.monotonic() - began}}
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """``"3/16"`` as ``PrepareOptions.task``. ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match:
+        raise ValueError(f"the task is {text!r}; it is written I/N, for example 0/16")
+    return int(match[1]), int(match[2])
 
 
 def _check_options(options: PrepareOptions) -> None:
@@ -203,6 +85,18 @@ def _check_options(options: PrepareOptions) -> None:
         raise ValueError(f"the validation fraction is {options.validation_fraction}; it must be at least 0 and below 1")
     if not 0 <= options.seed < 2**64:
         raise ValueError(f"the seed is {options.seed}; it must be at least 0 and below 2**64")
+    for name in ("workers", "tokenizer_sample_bytes", "unit_bytes"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+    if options.task is not None:
+        index, count = options.task
+        if not 0 <= index < count:
+            raise ValueError(f"the task is {index}/{count}; tasks of {count} are numbered from 0 to {count - 1}")
+        if options.tokenizer is None:
+            raise ValueError(
+                "tasks share one tokenizer: train it first (trainyard prepare with --train-tokenizer on a part of the "
+                "data), then give its folder to all tasks with --tokenizer"
+            )
     if not options.inputs:
         raise ValueError("give at least one input")
     output = Path(options.output).resolve()
@@ -212,255 +106,233 @@ def _check_options(options: PrepareOptions) -> None:
             raise ValueError(f"{entry} is inside the output {options.output}: choose another output directory")
 
 
-def _separate_files(train: list[SourceFile], validation: list[SourceFile]) -> list[SourceFile]:
-    shared = {file.path.resolve() for file in train} & {file.path.resolve() for file in validation}
-    if shared:
-        raise ValueError(f"{min(shared)} is both a training and a validation input: leave it out of one")
-    return validation
+class _Bar:
+    """Progress over several passes that never goes back, also where a killed worker's unit begins again."""
 
+    def __init__(self, progress: Progress | None, passes: int) -> None:
+        self._progress = progress
+        self._passes = passes
+        self._finished = 0
+        self._shown = 0.0
 
-def _content(document: Document) -> bytes:
-    """What makes two documents the same."""
-    if document.messages is None:
-        return document.text.encode()
-    turns = [[message["role"], message["content"]] for message in document.messages]
-    return json.dumps(turns, ensure_ascii=False).encode()
+    def within_pass(self, done: float, total: float) -> None:
+        self._shown = max(self._shown, self._finished + done / max(total, 1))
+        if self._progress is not None:
+            size = max(int(total), 1)
+            self._progress(int(self._shown * size), size * self._passes)
 
-
-def _text_bytes(document: Document) -> int:
-    if document.messages is None:
-        return len(document.text.encode())
-    return sum(len(message["content"].encode()) for message in document.messages)
+    def next_pass(self) -> None:
+        self._finished += 1
 
 
 # The output directory
 
 
-def _identity(options: PrepareOptions, reading: _Reading) -> str:
-    """A hash of all that the result depends on: options, the tokenizer, names, sizes and contents of the files."""
-    choices = {
-        key: value for key, value in asdict(options).items() if key not in ("output", "inputs", "validation_inputs")
-    }
-    if options.tokenizer is not None:
-        choices["tokenizer"] = {file.name: _file_digest(file) for file in tokenizer_files(options.tokenizer)}
-    digests = []
-    for index, file in enumerate(reading.files):
-        paths = sorted(file.path.iterdir()) if file.container == "dataset" else [file.path]
-        digests.append([file.name, file.bytes, [_file_digest(path) for path in paths], index >= reading.train_files])
-        reading.advance(file.bytes, file.bytes, finished=True)
-    content = json.dumps([REPORT_VERSION, choices, digests], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as content:
-        while block := content.read(2**23):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _stored_report(output: Path, identity: str) -> dict[str, Any] | None:
+def _stored_report(options: PrepareOptions, plan: Plan) -> dict[str, Any] | None:
     """The report of an earlier, equal preparation; None where there is none; ValueError for an unequal one."""
+    output = plan.output
     path = output / REPORT_NAME
     if not path.is_file():
         return None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        same = report["identity"] == identity
+        same = report["identity"] == plan.identity
         fingerprints = {split: report["splits"][split]["fingerprint"] for split in report["splits"]}
+        same = same and (not report["skipped_rows"] or options.read.skip_bad_rows)
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{path} is not a report of trainyard prepare: delete {output} or choose another --out"
+            f"{path} is not a report of this version of trainyard prepare: delete {output} or choose another --out"
         ) from None
     if not same:
         raise ValueError(
             f"{output} already holds data made with other options or from other files "
-            f"({report.get('command', 'unknown')}): "
-            "delete it or choose another --out"
+            f"({report.get('command', 'unknown')}): delete it or choose another --out"
         )
     for split, fingerprint in fingerprints.items():
-        if TokenShards(output / split).fingerprint != fingerprint:
+        shards = TokenShards(output / split)
+        shards.check_files()
+        if shards.fingerprint != fingerprint:
             raise ValueError(
                 f"{output / split} is not the data that {path} describes: delete {output} and prepare it again"
             )
-    (output / MARKER_NAME).unlink(missing_ok=True)
+    _remove_traces(output)
     return report
 
 
-def _clear_output(output: Path) -> None:
-    """Empty what an interrupted preparation left; refuse a directory that holds anything not made by one."""
+def _remove_traces(output: Path) -> None:
+    """Remove what only an unfinished preparation needs."""
+    (output / MARKER_NAME).unlink(missing_ok=True)
+    shutil.rmtree(output / RECORDS, ignore_errors=True)
+    for folder in (output, *(output / name for name in SPLITS)):
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _claimed(options: PrepareOptions, plan: Plan) -> Iterator[None]:
+    """Make the output this plan's and keep others from it; what an interrupted start with the same plan left stays.
+
+    The lock is on the marker: shared between tasks, else exclusive. Where the file system has no locks, tasks still
+    agree, because all they write is the same.
+    """
+    output = plan.output
+    _refuse_foreign(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / MARKER_NAME, "a+b") as marker:
+        _lock(marker.fileno(), output, shared=options.task is not None)
+        marker.seek(0)
+        content = marker.read()
+        mine = orjson.dumps({"identity": plan.identity, "command": options.command()})
+        if _identity_of(content) != plan.identity:
+            if content and options.task is not None:
+                raise ValueError(
+                    f"{output} holds an interrupted preparation with other options or from other files: delete it or "
+                    "choose another --out"
+                )
+            if options.task is None:
+                _clear(output)
+            marker.truncate(0)
+            marker.write(mine)
+            marker.flush()
+            os.fsync(marker.fileno())
+        (output / RECORDS).mkdir(exist_ok=True)
+        sync_directory(output)
+        try:
+            yield
+        except ValueError:
+            # a refused input leaves nothing behind, unless units are done that a call with --skip-bad-rows would keep
+            if options.task is None and not any(unit_is_done(plan, unit.number) for unit in plan.units):
+                _clear(output)
+                (output / MARKER_NAME).unlink()
+            raise
+
+
+def _identity_of(marker: bytes) -> str | None:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return orjson.loads(marker)["identity"]
+    return None
+
+
+def _lock(descriptor: int, output: Path, shared: bool) -> None:
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another trainyard prepare is at work on {output}: wait for it or end it") from None
+    except OSError:
+        pass  # no locks on this file system
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Refuse a directory that holds anything not made by ``prepare``."""
     if not output.exists():
         return
     if not output.is_dir():
         raise ValueError(f"{output} is a file: choose another --out")
-    names = {entry.name for entry in output.iterdir()}
-    if not names:
-        return
-    if MARKER_NAME not in names or names - {*SPLITS, "tokenizer", MARKER_NAME, REPORT_NAME + ".tmp"}:
+    names = {
+        entry.name for entry in output.iterdir() if not re.fullmatch(r"(tokenizer|report\.json)\..*\.tmp", entry.name)
+    }
+    if names and (MARKER_NAME not in names or names - {*SPLITS, TOKENIZER, RECORDS, MARKER_NAME}):
         raise ValueError(f"{output} is not empty and was not made by trainyard prepare: choose another --out")
-    for name in sorted(names - {MARKER_NAME}):
-        path = output / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (output / MARKER_NAME).unlink()
+
+
+def _clear(output: Path) -> None:
+    """Remove everything but the marker."""
+    for path in sorted(output.iterdir()):
+        if path.name != MARKER_NAME:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # Making it
 
 
-def _make(options: PrepareOptions, reading: _Reading, output: Path) -> dict[str, Any]:
-    tokenizer = _make_tokenizer(options, reading, output / "tokenizer")
-    sha256 = tokenizer_fingerprint(output / "tokenizer")
-    vocabulary = vocabulary_size(tokenizer)
-    with_validation = bool(options.validation_inputs) or options.validation_fraction > 0
-    splits = {
-        name: _Split(
-            ShardWriter(
-                output / name,
-                kind=reading.kind,
-                tokenizer_sha256=sha256,
-                vocabulary_size=vocabulary,
-                special_ids={"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
-                split=name,
-            )
-        )
-        for name in SPLITS[: 2 if with_validation else 1]
-    }
+def _make(options: PrepareOptions, plan: Plan, bar: _Bar) -> tuple[dict[str, Any], dict[str, Any]]:
+    sample = _make_tokenizer(options, plan, bar)
+    index, count = options.task or (0, 1)
+    missing = [unit.number for unit in plan.units[index::count] if not unit_is_done(plan, unit.number)]
+    engine = _run(options, plan, missing, bar)
+    run = {"engine": engine, "units_made": len(missing)}
+    left = [unit for unit in plan.units if options.task and not unit_is_done(plan, unit.number)]
+    if left:
+        done = {"task": f"{index}/{count}", "units": len(plan.units), "units_done": len(plan.units) - len(left)}
+        return done, run
+    report = {"version": REPORT_VERSION, "identity": plan.identity, "command": options.command()}
     try:
-        _encode_all(reading, tokenizer, splits)
-        _require_documents(options, splits)
-        summaries = {name: _finish_split(reading, name, split) for name, split in splits.items()}
+        report |= merge_units(options, plan, sample)
+    except ValueError:
+        if options.task is None:
+            shutil.rmtree(plan.output / RECORDS)  # with other options these units are of no use
+        raise
+    content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    write_file_atomically(plan.output / REPORT_NAME, content.encode())
+    _remove_traces(plan.output)
+    return report | {"reused": False}, run
+
+
+def _run(options: PrepareOptions, plan: Plan, numbers: list[int], bar: _Bar, sample: bool = False) -> str:
+    """Make the units and report progress in bytes of input."""
+    weights = plan.unit_weights()
+    shares = dict.fromkeys(numbers, 0.0)
+    done = float(sum(weights) - sum(weights[number] for number in numbers))
+
+    def progress(number: int, share: float) -> None:
+        nonlocal done
+        done += weights[number] * (share - shares[number])
+        shares[number] = share
+        bar.within_pass(done, sum(weights))
+
+    engine = run_units(plan, numbers, options.workers, progress, sample=sample) if numbers else ""
+    bar.within_pass(sum(weights), sum(weights))
+    bar.next_pass()
+    return engine
+
+
+def _make_tokenizer(options: PrepareOptions, plan: Plan, bar: _Bar) -> dict[str, int]:
+    """Train or copy the tokenizer into the output; what a trained one was trained on, for the report."""
+    folder = plan.output / TOKENIZER
+    sample_file = plan.output / RECORDS / SAMPLE_NAME
+    if folder.is_dir():
+        if options.train_vocabulary is None:
+            return {}
+        bar.next_pass()
+        return json.loads(sample_file.read_bytes())
+    sample: dict[str, int] = {}
+    temporary = folder.with_name(f"{TOKENIZER}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        if options.tokenizer is not None:
+            copy_tokenizer(options.tokenizer, temporary)
+        elif options.train_vocabulary is not None:
+            missing = [unit.number for unit in plan.units if not sample_path(plan, unit.number).is_file()]
+            _run(options, plan, missing, bar, sample=True)
+            sample = {"sample_documents": 0, "sample_text_bytes": 0}
+            _save(train_tokenizer(_sampled_texts(plan, sample), options.train_vocabulary), temporary)
+            write_file_atomically(sample_file, json.dumps(sample).encode())
+        for file in temporary.iterdir():
+            with open(file, "rb") as content:
+                os.fsync(content.fileno())
+        with contextlib.suppress(OSError):  # another task was first; its folder is the same
+            temporary.rename(folder)
+        sync_directory(plan.output)
     finally:
-        for split in splits.values():
-            split.writer.abandon()
-    kept = [sum(split.kept_by_file.get(index, 0) for split in splits.values()) for index in range(len(reading.files))]
-    return {
-        "kind": reading.kind,
-        "options": _portable_options(options),
-        "tokenizer": {"sha256": sha256, "vocabulary_size": vocabulary, "trained": options.train_vocabulary is not None},
-        "splits": summaries,
-        "empty_documents": reading.empty_documents,
-        "ignored_files": reading.ignored,
-        "duplicates": _count_duplicates(splits),
-        "files": [
-            {"name": file.name, "bytes": file.bytes, "documents_in": count, "documents_kept": kept[index]}
-            for index, (file, count) in enumerate(zip(reading.files, reading.documents_in, strict=True))
-        ],
-    }
+        shutil.rmtree(temporary, ignore_errors=True)
+    for unit in plan.units:
+        sample_path(plan, unit.number).unlink(missing_ok=True)
+    return sample
 
 
-def _portable_options(options: PrepareOptions) -> dict[str, Any]:
-    chosen = asdict(options)
-    return {key: str(value) if isinstance(value, os.PathLike) else value for key, value in chosen.items()}
+def _save(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # of Rust, with the number of the operating system's error in its text
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code and int(code[1]) in NO_ROOM:
+            raise OSError(int(code[1]), str(error)) from None
+        raise
 
 
-def _make_tokenizer(options: PrepareOptions, reading: _Reading, folder: Path) -> Any:
-    """Train or copy the tokenizer into the output, and load it from there as everyone after us will."""
-    if options.tokenizer is not None:
-        copy_tokenizer(options.tokenizer, folder)
-    elif options.train_vocabulary is not None:
-        train_tokenizer(_training_texts(reading), options.train_vocabulary).save_pretrained(str(folder))
-    return load_tokenizer(folder)
-
-
-def _training_texts(reading: _Reading) -> Iterator[str]:
-    for _, document, _, _ in reading.documents(("train",)):
-        if document.messages is None:
-            yield document.text
-        else:
-            for message in document.messages:
-                yield message["content"]
-
-
-def _encode_all(reading: _Reading, tokenizer: Any, splits: dict[str, _Split]) -> None:
-    add = _chat_adder(tokenizer) if reading.kind == "chat" else _text_adder(tokenizer)
-    batch: list[tuple[Document, _Split]] = []
-    characters = 0
-    for index, document, name, content_hash in reading.documents():
-        split = splits[name]
-        split.text_bytes += _text_bytes(document)
-        split.kept_by_file[index] = split.kept_by_file.get(index, 0) + 1
-        split.content_hashes.append(content_hash)
-        batch.append((document, split))
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            add(batch)
-            batch, characters = [], 0
-    add(batch)
-
-
-def _text_adder(tokenizer: Any) -> Callable[[list[tuple[Document, _Split]]], None]:
-    encoder = plain_text_encoder(tokenizer)
-    before, behind = document_frame(tokenizer)
-
-    def add(batch: list[tuple[Document, _Split]]) -> None:
-        encodings = encoder.encode_batch_fast([document.text for document, _ in batch], add_special_tokens=False)
-        for (_, split), encoding in zip(batch, encodings, strict=True):
-            split.writer.add_document(before + encoding.ids + behind)
-
-    return add
-
-
-def _chat_adder(tokenizer: Any) -> Callable[[list[tuple[Document, _Split]]], None]:
-    renderer = ChatRenderer(tokenizer)
-
-    def add(batch: list[tuple[Document, _Split]]) -> None:
-        for document, split in batch:
-            try:
-                ids, mask = renderer.render(document.messages or [])
-            except ValueError as error:
-                raise ValueError(f"{document.location}: {error}") from None
-            split.writer.add_document(ids, mask)
-
-    return add
-
-
-def _require_documents(options: PrepareOptions, splits: dict[str, _Split]) -> None:
-    documents = {name: split.writer.documents for name, split in splits.items()}
-    if sum(documents.values()) == 0:
-        raise ValueError("the inputs hold no documents")
-    for name, count in documents.items():
-        if count:
-            continue
-        if options.validation_inputs:
-            raise ValueError(f"the {name} inputs hold no documents")
-        other = "raise" if name == "validation" else "lower"
-        raise ValueError(
-            f"with --validation-fraction {options.validation_fraction} none of the {sum(documents.values())} "
-            "documents falls to "
-            f"the {name} split: {other} the fraction or give --validation-input"
-        )
-
-
-def _finish_split(reading: _Reading, name: str, split: _Split) -> dict[str, Any]:
-    own = range(len(reading.files))
-    if reading.own_validation_files:
-        own = range(reading.train_files) if name == "train" else range(reading.train_files, len(reading.files))
-    units = [
-        {
-            "source": reading.files[index].name,
-            "bytes": reading.files[index].bytes,
-            "documents_in": reading.documents_in[index],
-            "documents_kept": split.kept_by_file.get(index, 0),
-        }
-        for index in own
-    ]
-    writer = split.writer
-    writer.finish(units)
-    return {
-        "documents": writer.documents,
-        "tokens": writer.tokens,
-        "text_bytes": split.text_bytes,
-        "longest_document_tokens": writer.longest_document_tokens,
-        "fingerprint": TokenShards(writer.directory).fingerprint,
-    }
-
-
-def _count_duplicates(splits: dict[str, _Split]) -> dict[str, int]:
-    """Exact duplicates by 64-bit hash: counted, not removed."""
-    unique = {name: np.unique(np.array(split.content_hashes, dtype=np.uint64)) for name, split in splits.items()}
-    result = {f"{name}_repeated_documents": splits[name].writer.documents - len(unique[name]) for name in splits}
-    if "validation" in splits:
-        shared = np.intersect1d(unique["train"], unique["validation"], assume_unique=True)
-        result["documents_in_both_splits"] = len(shared)
-    return result
+def _sampled_texts(plan: Plan, sample: dict[str, int]) -> Iterator[str]:
+    """The sampled texts of all units, counted while they pass."""
+    for unit in plan.units:
+        for texts in orjson.loads(sample_path(plan, unit.number).read_bytes()):
+            sample["sample_documents"] += 1
+            sample["sample_text_bytes"] += sum(len(text.encode()) for text in texts)
+            yield from texts

@@ -1,154 +1,123 @@
-"""User files as a stream of documents: text, CSV, JSONL, Parquet, chat tables and Hugging Face datasets saved on disk.
+"""User files as a stream of documents: finding them, cutting them into units of work, and reading them.
 
-Memory is bounded by the largest single document; of a text file that is the file.
+Memory is bounded by the largest single row, whatever the size of a file; the readers are in the modules named for what
+they read.
 """
 
-import codecs
-import csv
 import glob
-import io
-import json
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import pyarrow.parquet as parquet
+import numpy as np
 
-FORMATS = ("auto", "text", "csv", "jsonl", "parquet", "chat")
+from data_pipeline import arrow_tables, hub, text_tables
+from data_pipeline.byte_streams import COMPRESSIONS, keeps_ascii, open_bytes
+from data_pipeline.conversations import conversation, conversation_fields, holds_conversations, string_field
+from data_pipeline.documents import (
+    FORMATS,
+    BadRow,
+    Document,
+    Ledger,
+    Part,
+    Reading,
+    ReadOptions,
+    Row,
+    SourceFile,
+    Unit,
+)
+from data_pipeline.megatron import MegatronDocuments, megatron_documents
+
+__all__ = [
+    "FORMATS",
+    "Document",
+    "Ledger",
+    "Part",
+    "ReadOptions",
+    "SourceFile",
+    "Unit",
+    "content_kind",
+    "content_paths",
+    "find_files",
+    "plan_units",
+    "read_documents",
+]
+
 CONTAINERS = {
     "text": (".txt", ".text", ".md"),
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".ndjson"),
+    "json": (".json",),
     "parquet": (".parquet", ".pq"),
+    "arrow": (".arrow", ".feather"),
+    "megatron": (".bin", ".idx"),
 }
-DELIMITERS = (",", ";", "\t", "|")
-MESSAGES_FIELD = "messages"
-BATCH_ROWS = 1024
-# These change what a turn means; other keys beside role and content (ids, weights) say something about a message only.
-UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking")
+COMPRESSIBLE = ("text", "csv", "jsonl", "json")
+UNIT_BYTES = 128 * 2**20
+FIRST_RECORDS = 100  # looked at for their keys where the first may be a bad one
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files are read; the fields are those of ``prepare.PrepareOptions``."""
-
-    format: str = "auto"
-    text_field: str = "text"
-    prompt_field: str = "prompt"
-    response_field: str = "response"
-    delimiter: str | None = None
-    encoding: str = "utf-8"
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"the format {self.format!r} is unknown; the formats are {', '.join(FORMATS)}")
-        if self.delimiter is not None and len(self.delimiter) != 1:
-            raise ValueError(f"a delimiter is one character, not {self.delimiter!r}")
-        try:
-            "".encode(self.encoding)
-        except LookupError:
-            raise ValueError(f"the encoding {self.encoding!r} is unknown; examples: utf-8, gb18030, cp1252") from None
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One input: a file, or the folder of a Hugging Face dataset."""
-
-    path: Path
-    name: str  # relative to the input it was found under: what manifests and reports call it
-    container: str  # a key of CONTAINERS, or "dataset"
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document. ``text`` of a chat is empty; ``messages`` of a text is None."""
-
-    location: str  # "file:line" (or row), for error messages
-    text: str
-    messages: list[dict[str, str]] | None
-    bytes_read: int  # how far into its file reading has come, for progress
+# Finding files
 
 
 def find_files(inputs: Sequence[str], options: ReadOptions) -> tuple[list[SourceFile], list[str]]:
-    """Resolve files, folders (recursively, in sorted order, by known extension) and globs to source files.
+    """Resolve files, folders (recursively, in sorted order, by known extension), globs and hf:// names to source files.
 
     Returns:
         The files, and the paths found in folders but left out for their extension; hidden ones are in neither.
 
     Raises:
         FileNotFoundError: an input does not exist or matches nothing.
-        ValueError: an empty file, a file of unknown kind, a folder without a readable file.
+        ValueError: an empty file, a file of unknown kind, a folder without a readable file, a hub that does not answer.
     """
     found: dict[Path, SourceFile] = {}
     ignored: list[str] = []
     for entry in inputs:
-        path = Path(entry)
-        if path.exists():
-            files = _files_under(path, options, ignored)
-        elif glob.has_magic(entry):
-            # A glob matches folders beside files; only folders named as such are searched.
-            matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True))]
-            matches = [match for match in matches if match.is_file() or _is_dataset(match)]
-            files = [file for match in matches for file in _files_under(match, options, ignored)]
-        else:
-            raise FileNotFoundError(f"there is no file or folder {entry!r}")
+        files = _files_of(entry, options, ignored)
         if not files:
             wanted = ", ".join(_wanted_extensions(options))
-            raise FileNotFoundError(f"{entry!r} gives no file to read; the extensions read are {wanted}")
+            raise FileNotFoundError(
+                f"{entry!r} gives no file to read; the extensions read are {wanted}, those of text also with "
+                f"{', '.join(COMPRESSIONS)} behind them"
+            )
         for file in files:
-            if file.bytes == 0:
+            if file.bytes == 0 and file.container != "hub":
                 raise ValueError(f"{file.path} is empty: remove it or fill it")
             found.setdefault(file.path.resolve(), file)  # inputs that overlap name a file once
-    return list(found.values()), ignored
+    return [_with_layout(file) for file in found.values()], ignored
 
 
-def content_kind(file: SourceFile, options: ReadOptions) -> str:
-    """Whether the documents of the file are "text" or "chat", from the format asked for and the file's columns.
-
-    Raises:
-        ValueError: the columns needed for that are missing or ambiguous, or the file cannot be read at all.
-    """
-    if file.container == "text":
-        return "text"
-    columns = _columns(file, options)
-    pair = (options.prompt_field, options.response_field)
-    is_chat = MESSAGES_FIELD in columns or set(pair) <= set(columns)
-    kind = "chat" if options.format == "chat" or (options.format == "auto" and is_chat) else "text"
-    listed = ", ".join(repr(name) for name in columns)
-    if kind == "text" and options.text_field not in columns:
-        raise ValueError(
-            f"{file.path} has no column {options.text_field!r}; its columns are {listed}: choose one with --text-field"
-        )
-    if kind == "chat" and not is_chat:
-        raise ValueError(
-            f"{file.path} has neither a column {MESSAGES_FIELD!r} nor both {pair[0]!r} and {pair[1]!r}; its "
-            "columns are "
-            f"{listed}: choose them with --prompt-field and --response-field"
-        )
-    return kind
+def content_paths(file: SourceFile) -> list[Path]:
+    """The files whose bytes are the content; none of a hub dataset, whose name holds its revision."""
+    if file.container == "dataset":
+        return sorted(file.path.iterdir())
+    if file.container == "megatron":
+        return [file.path, file.path.with_suffix(".idx")]
+    return [] if file.container == "hub" else [file.path]
 
 
-def read_documents(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
-    """Yield the documents of a file in order. ValueError names file and line (or row) of the first bad one."""
-    kind = content_kind(file, options)
-    if file.container == "text":
-        yield _text_document(file, options)
-        return
-    rows = {"csv": _csv_rows, "jsonl": _jsonl_rows, "parquet": _parquet_rows, "dataset": _dataset_rows}
-    for location, row, bytes_read in rows[file.container](file, options):
-        if kind == "chat":
-            yield Document(location, "", _messages(location, row, options), bytes_read)
-        else:
-            yield Document(location, _string_field(location, row, options.text_field), None, bytes_read)
+def _files_of(entry: str, options: ReadOptions, ignored: list[str]) -> list[SourceFile]:
+    if entry.startswith(hub.PREFIX):
+        return [hub.hub_file(entry)]
+    path = Path(entry)
+    if path.exists():
+        return _files_under(path, options, ignored)
+    if glob.has_magic(entry):
+        # A glob matches folders beside files; only folders named as such are searched.
+        matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True))]
+        matches = [match for match in matches if match.is_file() or _is_dataset(match)]
+        return [file for match in matches for file in _files_under(match, options, ignored)]
+    if Path(entry + ".idx").is_file():  # Megatron's tools name a pair by what its two files share
+        return _files_under(Path(entry + ".idx"), options, ignored)
+    raise FileNotFoundError(f"there is no file or folder {entry!r}")
 
 
 def _wanted_extensions(options: ReadOptions) -> list[str]:
     if options.format in CONTAINERS:
         return list(CONTAINERS[options.format])
-    kinds = [kind for kind in CONTAINERS if options.format != "chat" or kind != "text"]
+    kinds = [kind for kind in CONTAINERS if options.format != "chat" or kind not in ("text", "megatron")]
     return [extension for kind in kinds for extension in CONTAINERS[kind]]
 
 
@@ -156,314 +125,264 @@ def _is_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
 
 
+def _extensions(path: Path) -> tuple[str, str]:
+    """(the extension that tells the container, the compression), lower case; each may be empty."""
+    compression = COMPRESSIONS.get(path.suffix.lower(), "")
+    return (Path(path.stem) if compression else path).suffix.lower(), compression
+
+
 def _files_under(path: Path, options: ReadOptions, ignored: list[str]) -> list[SourceFile]:
     if path.is_file():
-        return [SourceFile(path, path.name, _container(path, options), path.stat().st_size)]
+        return [_source_file(path, path.name, options)]
     if (path / "dataset_dict.json").is_file():
         splits = sorted(child.name for child in path.iterdir() if _is_dataset(child))
         raise ValueError(f"{path} is a dataset with the splits {', '.join(splits)}: give one, as {path / splits[0]}")
     if _is_dataset(path):
-        return [SourceFile(path, path.name, "dataset", sum(part.stat().st_size for part in path.glob("*.arrow")))]
+        return [_dataset_file(path, path.name)]
     wanted = _wanted_extensions(options)
     files = []
-    for child in sorted(path.rglob("*"), key=lambda child: child.relative_to(path).as_posix()):
+    for child in sorted(_walk(path), key=lambda child: child.relative_to(path).as_posix()):
         name = child.relative_to(path).as_posix()
-        if not child.is_file() or any(part.startswith(".") for part in name.split("/")):
-            continue
-        if child.suffix.lower() in wanted:
-            files.append(SourceFile(child, name, _container(child, options), child.stat().st_size))
-        else:
+        extension = _extensions(child)[0]
+        pair = {".bin": ".idx", ".idx": ".bin"}.get(extension)
+        if child.is_dir():
+            files.append(_dataset_file(child, name))
+        elif extension not in wanted or (pair and not child.with_suffix(pair).is_file()):
             ignored.append(str(child))
+        elif extension != ".idx":
+            files.append(_source_file(child, name, options))
     return files
 
 
-def _container(path: Path, options: ReadOptions) -> str:
-    if options.format in CONTAINERS:
-        return options.format
-    for container, extensions in CONTAINERS.items():
-        if path.suffix.lower() in extensions and not (options.format == "chat" and container == "text"):
-            return container
-    known = ", ".join(_wanted_extensions(options))
-    raise ValueError(f"{path}: the extension {path.suffix!r} is unknown (known: {known}); say what it is with --format")
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files, and folders that are datasets, under a folder; none that is hidden."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        datasets = [name for name in folders if _is_dataset(Path(parent, name))]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in datasets]
+        yield from (Path(parent, name) for name in [*datasets, *names] if not name.startswith("."))
+
+
+def _dataset_file(path: Path, name: str) -> SourceFile:
+    return SourceFile(path, name, "dataset", sum(part.stat().st_size for part in path.glob("*.arrow")))
+
+
+def _source_file(path: Path, name: str, options: ReadOptions) -> SourceFile:
+    extension, compression = _extensions(path)
+    container = options.format if options.format in CONTAINERS else ""
+    for candidate, extensions in CONTAINERS.items():
+        if not container and extension in extensions and not (options.format == "chat" and candidate == "text"):
+            container = candidate
+    if not container:
+        known = ", ".join(_wanted_extensions(options))
+        raise ValueError(
+            f"{path}: the extension {extension!r} is unknown (known: {known}); say what it is with --format"
+        )
+    if compression and container not in COMPRESSIBLE:
+        raise ValueError(f"{path}: {container} files are read as they are, not inside {path.suffix}: unpack it")
+    if container == "megatron":
+        name, path = str(Path(name).with_suffix(".bin")), path.with_suffix(".bin")
+        for half in (path, path.with_suffix(".idx")):
+            if not half.is_file():
+                raise FileNotFoundError(f"a Megatron pair is a .bin and an .idx file: {half} is missing")
+    return SourceFile(path, name, container, path.stat().st_size, compression)
+
+
+def _with_layout(file: SourceFile) -> SourceFile:
+    """A .json file whose first character opens no array holds one object a line, as .jsonl."""
+    if file.container != "json":
+        return file
+    with open_bytes(file) as stream:
+        start = stream.peek(4096).removeprefix(b"\xef\xbb\xbf").replace(b"\0", b"").lstrip(b"\xff\xfe \t\r\n")
+    return file if start[:1] != b"{" else replace(file, container="jsonl")
+
+
+# Units of work
+
+
+def plan_units(files: Sequence[SourceFile], options: ReadOptions, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+    """Cut the files into units of about ``unit_bytes`` as stored: small files share one, large ones are divided.
+
+    The units in order, and the parts in each, give the documents in the order of the files. Nothing but the files
+    (sizes, footers and indexes) decides, so all workers that plan get the same.
+
+    Raises:
+        ValueError: a footer or index cannot be read.
+    """
+    units: list[list[Part]] = []
+    filled = 0
+    for number, file in enumerate(files):
+        edges = _edges(file, options, unit_bytes)
+        for begin, end in itertools.pairwise(edges):
+            size = file.bytes * (end - begin) // max(edges[-1], 1)
+            if not units or filled + size > unit_bytes:
+                units.append([])
+                filled = 0
+            units[-1].append(Part(number, begin, end))
+            filled += size
+    return [Unit(number, tuple(parts)) for number, parts in enumerate(units)]
+
+
+def _edges(file: SourceFile, options: ReadOptions, unit_bytes: int) -> list[int]:
+    """Where the file is cut, its begin and end included, in what its parts count (see ``Part``)."""
+    pieces = max(1, -(-file.bytes // unit_bytes))
+    if file.container == "jsonl" and not file.compression and keeps_ascii(options.codec):
+        return _even_edges(file.bytes, pieces)
+    if file.container == "parquet":
+        metadata = arrow_tables.parquet_file(file).metadata
+        sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
+        return _weighted_edges(np.cumsum([0, *sizes]), pieces)
+    if file.container == "arrow" and arrow_tables.is_arrow_file(file):
+        return _even_edges(arrow_tables.arrow_reader(file).num_record_batches, pieces)
+    if file.container == "dataset":
+        return _even_edges(len(arrow_tables.dataset_on_disk(file)), pieces)
+    if file.container == "megatron":
+        return MegatronDocuments(file).even_edges(pieces)
+    return [0, 1]
+
+
+def _even_edges(total: int, pieces: int) -> list[int]:
+    return sorted({total * piece // pieces for piece in range(pieces + 1)}) if total else [0, 0]
+
+
+def _weighted_edges(starts: np.ndarray, pieces: int) -> list[int]:
+    """Edges between items (``starts``: [items + 1], where each begins) that come next to an even division."""
+    wanted = starts[-1] * np.arange(1, pieces) // pieces
+    return sorted({0, *np.searchsorted(starts, wanted).tolist(), len(starts) - 1})
+
+
+# Reading
+
+
+def content_kind(file: SourceFile, options: ReadOptions) -> str:
+    """Whether the file holds "text", "chat" or token "ids", from the format asked for and the file's columns.
+
+    Raises:
+        ValueError: the columns needed for that are missing or ambiguous, or the file cannot be read at all.
+    """
+    if file.container in ("text", "megatron"):
+        return "text" if file.container == "text" else "ids"
+    return _kind_of_table(file, options, _columns(file, options))
+
+
+def _kind_of_table(file: SourceFile, options: ReadOptions, columns: list[str]) -> str:
+    is_chat = holds_conversations(columns, options)
+    kind = "chat" if options.format == "chat" or (options.format == "auto" and is_chat) else "text"
+    listed = ", ".join(repr(name) for name in columns)
+    if kind == "text" and options.text_field not in columns:
+        raise ValueError(
+            f"{file.label} has no column {options.text_field!r}; its columns are {listed}: choose one with --text-field"
+        )
+    if kind == "chat" and not is_chat:
+        raise ValueError(
+            f"{file.label} has neither a column 'messages' nor both {options.prompt_field!r} and "
+            f"{options.response_field!r} (nor 'conversations', nor 'instruction' and 'output'); its columns are "
+            f"{listed}: choose them with --prompt-field and --response-field"
+        )
+    return kind
 
 
 def _columns(file: SourceFile, options: ReadOptions) -> list[str]:
-    """Names of a table's columns; of JSONL the keys of the first record."""
+    """Names of a table's columns; of JSON the keys of the first record."""
     if file.container == "csv":
-        return _csv_header(file, options)[1]
-    if file.container == "jsonl":
-        first = next(_jsonl_rows(file, options), None)
-        return list(first[1]) if first else []
-    names = list(_dataset(file).column_names if file.container == "dataset" else _parquet_file(file).schema_arrow.names)
-    return _refuse_duplicates(file, names)
-
-
-def _refuse_duplicates(file: SourceFile, names: list[str]) -> list[str]:
+        names = text_tables.csv_header(file, options, {options.text_field, *conversation_fields(options)})[1]
+    elif file.container in ("json", "jsonl"):
+        return _keys(file, options)
+    elif file.container == "parquet":
+        names = arrow_tables.parquet_file(file).schema_arrow.names
+    elif file.container == "arrow":
+        names = arrow_tables.arrow_reader(file).schema.names
+    elif file.container == "dataset":
+        names = arrow_tables.dataset_on_disk(file).column_names
+    else:
+        names = hub.column_names(hub.hub_dataset(file))
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"{file.path} has several columns named {', '.join(map(repr, repeated))}: rename them")
-    return names
+        raise ValueError(f"{file.label} has several columns named {', '.join(map(repr, repeated))}: rename them")
+    return list(names)
 
 
-# Fields
-
-
-def _string_field(location: str, row: dict[str, Any], field: str) -> str:
-    if field not in row:
-        listed = ", ".join(repr(name) for name in row)
-        raise ValueError(f"{location}: there is no field {field!r}; the fields are {listed}")
-    value = row[field]
-    if not isinstance(value, str):
-        shown = "null" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{location}: the field {field!r} is {shown}, not a text: correct or remove the row")
-    if not value.isascii():
-        _refuse_lone_surrogates(location, field, value)
-    return value
-
-
-def _refuse_lone_surrogates(location: str, field: str, value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{location}: the field {field!r} holds half of a surrogate pair ({value[error.start]!r}), which is no text"
-        ) from None
-
-
-def _messages(location: str, row: dict[str, Any], options: ReadOptions) -> list[dict[str, str]]:
-    if MESSAGES_FIELD not in row:
-        prompt = _string_field(location, row, options.prompt_field)
-        response = _string_field(location, row, options.response_field)
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    value = row[MESSAGES_FIELD]
-    if isinstance(value, str):  # a table of plain columns holds the list as JSON
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise ValueError(f"{location}: the field {MESSAGES_FIELD!r} is not JSON") from None
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f"{location}: the field {MESSAGES_FIELD!r} is not a list of objects with role and content")
-    messages = []
-    for number, message in enumerate(value, start=1):
-        where = f"{location}, message {number}"
-        for key in UNSUPPORTED_MESSAGE_KEYS:
-            if message.get(key):
-                raise ValueError(f"{where}: the key {key!r} is not supported; messages have role and content")
-        messages.append({key: _string_field(where, message, key) for key in ("role", "content")})
-    return messages
-
-
-# Text of any encoding
-
-
-def _open_text(file: SourceFile, options: ReadOptions) -> tuple[io.TextIOWrapper, BinaryIO]:
-    """The file as text, line ends as they are and any byte-order mark skipped; and the raw file, for its position."""
-    raw = open(file.path, "rb")  # noqa: SIM115 - closed with the wrapper
-    start = raw.read(4)
-    raw.seek(0)
-    encoding = codecs.lookup(options.encoding).name
-    if encoding in ("utf-8", "utf-8-sig"):
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raw.close()
-            raise ValueError(f"{file.path} begins with the byte-order mark of UTF-16: read it with --encoding utf-16")
-    elif start.startswith(codecs.BOM_UTF8):
-        raw.close()
-        raise ValueError(
-            f"{file.path} begins with the byte-order mark of UTF-8, but {options.encoding} was asked for: "
-            "read it with --encoding utf-8"
-        )
-    text = io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline="")
-    try:
-        # Only the plain utf-16 and utf-32 codecs take the mark away; elsewhere it comes as the first character.
-        if text.read(1) != "\ufeff":
-            text.seek(0)
-    except UnicodeError:
-        text.close()
-        raise
-    return text, raw
-
-
-def _lines(file: SourceFile, options: ReadOptions) -> Iterator[tuple[str, int]]:
-    """(line with its end, bytes read so far); lines end with a line feed or a carriage return, as csv wants them."""
-    try:
-        text, raw = _open_text(file, options)
-        with text:
-            for line in text:
-                yield line, raw.tell()
-    except UnicodeError:
-        raise _undecodable(file.path, options.encoding) from None
-
-
-def _text_document(file: SourceFile, options: ReadOptions) -> Document:
-    try:
-        text, _ = _open_text(file, options)
-        with text:
-            content = text.read()
-    except UnicodeError:
-        raise _undecodable(file.path, options.encoding) from None
-    if not content:
-        raise ValueError(f"{file.path} holds nothing but a byte-order mark: remove it or fill it")
-    return Document(str(file.path), content, None, file.bytes)
-
-
-def _undecodable(path: Path, encoding: str) -> ValueError:
-    """Read the file again to say on which line decoding fails and which encoding fits."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line = 1
-    with open(path, "rb") as raw:
-        for bytes_line in raw:
-            try:
-                decoder.decode(bytes_line)
-            except UnicodeError:
-                break
-            line += 1
+def _keys(file: SourceFile, options: ReadOptions) -> list[str]:
+    """The keys of the first record; of the first hundred, where bad ones are to be skipped."""
+    reading = Reading(file, options, None, Ledger())
+    keys: dict[str, None] = {}
+    for number, (line, row, _) in enumerate(ROWS[file.container](reading), start=1):
+        if isinstance(row, BadRow):
+            reading.bad(line, row)
         else:
-            return ValueError(f"{path} ends in the middle of a character of {encoding}: the file is cut short")
-        sample = bytes_line + raw.read(2**20)
-    likely = _likely_encoding(sample)
-    if likely is None or likely == encoding:
-        return ValueError(f"{path}:{line}: the text is not valid {encoding}, nor any other encoding that is recognised")
-    return ValueError(
-        f"{path}:{line}: the text is not valid {encoding}; it looks like {likely}: read it with --encoding {likely}"
-    )
+            keys |= dict.fromkeys(row)
+        if not options.skip_bad_rows or number == FIRST_RECORDS:
+            break
+    if not keys:
+        raise ValueError(f"{file.path} holds no record that can be used: remove it or fill it")
+    return list(keys)
 
 
-def _likely_encoding(sample: bytes) -> str | None:
-    if b"\0" in sample:
-        return None  # no text in an encoding that keeps ASCII as it is
-    for encoding in ("utf-8", "gb18030"):
-        try:
-            text = codecs.getincrementaldecoder(encoding)().decode(sample)
-        except UnicodeError:
-            continue
-        if encoding == "utf-8":
-            return encoding
-        # A Western letter and the letter behind it often make a rare Chinese character; common ones are in GB2312.
-        other = [character for character in text if not character.isascii()]
-        common = "".join(other).encode("gb2312", errors="ignore").decode("gb2312")
-        if len(common) * 2 > len(other):
-            return encoding
-    return "cp1252"
+def read_documents(
+    file: SourceFile, options: ReadOptions, part: Part | None = None, ledger: Ledger | None = None
+) -> Iterator[Document]:
+    """Yield the documents of a file, or of a part of it, in order.
 
+    Args:
+        file: of ``find_files``.
+        options: how to read it.
+        part: of ``plan_units``; None: the whole file. The parts of a file, one after another, give the whole file's
+            documents whatever the sizes of the units.
+        ledger: takes what is left out: the end of a file cut short and, where ``options.skip_bad_rows`` is set, bad
+            rows. None: nothing may be left out.
 
-# Tables
-
-
-def _csv_header(file: SourceFile, options: ReadOptions) -> tuple[str, list[str]]:
-    """The delimiter and the column names of a CSV file."""
-    csv.field_size_limit(sys.maxsize)  # the default of 131,072 characters is shorter than many documents
-    if options.delimiter:
-        delimiters: tuple[str, ...] = (options.delimiter,)
+    Raises:
+        ValueError: a bad row that may not be skipped, with its file and line (or row); a damaged file; a whole file
+            that loses rows and gives no document (of parts the caller sees that: ``Ledger.refuse_unusable``).
+    """
+    kind = content_kind(file, options)
+    reading = Reading(file, options, part, ledger)
+    reading.fields = conversation_fields(options) if kind == "chat" else (options.text_field,)
+    if file.container == "text":
+        documents = text_tables.text_documents(reading)
+    elif kind == "ids":
+        documents = megatron_documents(reading)
     else:
-        delimiters = ("\t",) if file.path.suffix.lower() == ".tsv" else DELIMITERS
-    headers = {delimiter: _first_row(file, options, delimiter) for delimiter in delimiters}
-    wanted = {options.text_field, MESSAGES_FIELD, options.prompt_field}
-    candidates = [delimiter for delimiter in headers if wanted & set(headers[delimiter])] or list(headers)
-    widest = max(len(headers[delimiter]) for delimiter in candidates)
-    best = [delimiter for delimiter in candidates if len(headers[delimiter]) == widest]
-    if len(best) > 1 and widest > 1:
-        raise ValueError(
-            f"{file.path}: the columns may be divided by {' or '.join(map(repr, best))}: say which with --delimiter"
-        )
-    if not headers[best[0]]:
-        raise ValueError(f"{file.path} has no header line that can be read as CSV with the delimiter {best[0]!r}")
-    return best[0], _refuse_duplicates(file, headers[best[0]])
+        documents = _documents_of_rows(reading, ROWS[file.container](reading), kind)
+    first = next(documents, None)
+    if first is not None:
+        yield first
+        yield from documents
+    reading.finish()
+    if first is None and part is None and ledger is not None:
+        ledger.refuse_unusable({})
 
 
-def _first_row(file: SourceFile, options: ReadOptions, delimiter: str) -> list[str]:
-    lines = (line for line, _ in _lines(file, options))
-    try:
-        return next((row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row), [])
-    except csv.Error:
-        return []  # quotes that another delimiter explains
-
-
-def _csv_rows(file: SourceFile, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any], int]]:
-    delimiter, names = _csv_header(file, options)
-    position = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal position
-        for line, bytes_read in _lines(file, options):
-            position = bytes_read
-            yield line
-
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    header_seen = False
-    while True:
-        line = reader.line_num + 1
+def _documents_of_rows(reading: Reading, rows: Iterator[Row], kind: str) -> Iterator[Document]:
+    options, field = reading.options, reading.options.text_field
+    make = tuple.__new__  # twice as fast as calling Document, where rows are short
+    for number, row, position in rows:
+        place = reading.place
         try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(
-                f"{file.path}:{line}: the row is not valid CSV ({error}); a quote inside a quoted field is written "
-                "twice"
-            ) from None
-        if row is None:
-            return
-        if not row:
-            continue  # an empty line is no row
-        if not header_seen:
-            header_seen = True
-        elif len(row) != len(names):
-            raise ValueError(f"{file.path}:{line}: the row has {len(row)} fields, the header has {len(names)}")
-        else:
-            yield f"{file.path}:{line}", dict(zip(names, row, strict=True)), position
+            if type(row) is BadRow:
+                raise row
+            if kind == "text":
+                text = row.get(field)
+                if type(text) is not str:
+                    text = string_field(row, field)
+                yield make(Document, (place, number, text, None, None, None, position))
+            else:
+                messages, tools = conversation(row, options)
+                yield Document(place, number, "", messages, tools, None, position)
+        except BadRow as bad:
+            reading.bad(number, bad)
 
 
-def _jsonl_rows(file: SourceFile, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any], int]]:
-    for number, (line, position) in enumerate(_lines(file, options), start=1):
-        if not line.strip():
-            continue
-        location = f"{file.path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{location}: the line is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{location}: the line holds a {type(row).__name__}, not an object with fields")
-        yield location, row, position
+def _csv_rows(reading: Reading) -> Iterator[Row]:
+    wanted = {reading.options.text_field, *conversation_fields(reading.options)}
+    yield from text_tables.csv_rows(reading, *text_tables.csv_header(reading.file, reading.options, wanted))
 
 
-def _parquet_file(file: SourceFile) -> parquet.ParquetFile:
-    try:
-        return parquet.ParquetFile(file.path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file.path} cannot be read as Parquet: {error}") from None
-
-
-def _parquet_rows(file: SourceFile, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any], int]]:
-    table = _parquet_file(file)
-    batches = table.iter_batches(BATCH_ROWS, columns=_columns_to_read(table.schema_arrow.names, options))
-    yield from _arrow_rows(file, batches, table.metadata.num_rows)
-
-
-def _dataset(file: SourceFile) -> Any:
-    import datasets  # two seconds to import, and only this container needs it
-
-    try:
-        return datasets.load_from_disk(str(file.path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file.path} cannot be read as a Hugging Face dataset: {error}") from None
-
-
-def _dataset_rows(file: SourceFile, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any], int]]:
-    dataset = _dataset(file)
-    dataset = dataset.select_columns(_columns_to_read(dataset.column_names, options)).with_format("arrow")
-    yield from _arrow_rows(file, dataset.iter(batch_size=BATCH_ROWS), len(dataset))
-
-
-def _columns_to_read(columns: list[str], options: ReadOptions) -> list[str]:
-    used = (options.text_field, MESSAGES_FIELD, options.prompt_field, options.response_field)
-    return [name for name in columns if name in used]
-
-
-def _arrow_rows(file: SourceFile, batches: Iterable[Any], rows: int) -> Iterator[tuple[str, dict[str, Any], int]]:
-    number = 0
-    try:
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file.path}, row {number}", row, file.bytes * number // rows
-    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
-        raise ValueError(f"{file.path} cannot be read behind row {number}: {error}") from None
+ROWS: dict[str, Callable[[Reading], Iterator[Row]]] = {
+    "csv": _csv_rows,
+    "jsonl": text_tables.jsonl_rows,
+    "json": text_tables.json_rows,
+    "parquet": arrow_tables.parquet_rows,
+    "arrow": arrow_tables.arrow_rows,
+    "dataset": arrow_tables.dataset_rows,
+    "hub": hub.hub_rows,
+}

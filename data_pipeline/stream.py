@@ -54,24 +54,13 @@ class _TextSamples:
             for row in range(len(samples)):
                 available = min(width, self._shards.tokens - int(starts[row]))
                 tokens[row, :available] = self._shards.read(int(starts[row]), available)
-        row_of, column_of = self._document_beginnings(starts)
+        row_of, column_of = self._shards.document_beginnings(starts, width)
         produced = np.ones((len(samples), width), dtype=bool)
         for row in np.flatnonzero(~whole).tolist():
             available = self._shards.tokens - int(starts[row])
             produced[row, available:] = False
             row_of, column_of = np.append(row_of, row), np.append(column_of, available)
         return _rows(tokens, produced, row_of, column_of)
-
-    def _document_beginnings(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(row, column) of every document that begins inside a window, its first column excepted."""
-        documents = self._shards.document_starts
-        first = np.searchsorted(documents, starts.astype(np.uint64), side="right")
-        last = np.searchsorted(documents, (starts + self._length).astype(np.uint64), side="right")
-        counts = last - first
-        row_of = np.repeat(np.arange(len(starts)), counts)
-        within = np.arange(row_of.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        column_of = documents[first[row_of] + within].astype(np.int64) - starts[row_of]
-        return row_of, column_of
 
     def describe(self) -> list[str]:
         tail = f", {self.left_out_tokens:,} tokens at the end left out" if self.left_out_tokens else ""
@@ -87,8 +76,8 @@ class _ChatSamples:
     def __init__(self, shards: TokenShards, sequence_length: int) -> None:
         self._shards = shards
         self._length = sequence_length
-        self._starts = shards.document_starts.astype(np.int64)
-        self._lengths = shards.document_lengths
+        self._lengths = shards.document_lengths()
+        self._starts = np.cumsum(self._lengths) - self._lengths
         self._packs: PackTable = pack_best_fit(self._lengths, sequence_length + 1)
         self.count = len(self._packs.offsets) - 1
 
@@ -152,9 +141,10 @@ def _open_samples(shards: TokenShards, sequence_length: int, padded: bool) -> _T
         else _TextSamples(shards, sequence_length, padded)
     )
     if samples.count == 0:
-        longest = int(shards.document_lengths.max())
+        lengths = shards.document_lengths()
+        longest = int(lengths.max())
         wanted = (
-            f"its shortest conversation has {int(shards.document_lengths.min()):,} and its longest {longest:,} tokens"
+            f"its shortest conversation has {int(lengths.min()):,} and its longest {longest:,} tokens"
             if shards.kind == "chat"
             else f"it has {shards.tokens:,} tokens"
         )
@@ -230,6 +220,11 @@ class TrainingStream:
                 getattr(result, name)[chosen] = getattr(part, name)
         return result
 
+    def check_files(self) -> None:
+        """Raise for the first file of a source that is missing or of the wrong size; see ``TokenShards``."""
+        for shards in self._shards:
+            shards.check_files()
+
     def describe(self) -> list[str]:
         """What the sources give, a sentence or two each, for people."""
         lines = []
@@ -297,6 +292,10 @@ class ValidationStream:
                 f"{self.number_of_samples}"
             )
         return self._samples.rows(indices)
+
+    def check_files(self) -> None:
+        """As ``TrainingStream.check_files``."""
+        self._shards.check_files()
 
     def describe(self) -> list[str]:
         """What the data gives, for people."""

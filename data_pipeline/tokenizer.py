@@ -27,16 +27,38 @@ WORD_PATTERN = (
 
 # ChatML. The markers {% generation %} tell which tokens the assistant produces: its answer and the token that closes
 # the turn, not the line end behind that. Contents are trimmed, so that an answer never merges with the line end
-# before it.
+# before it. Tools stand in the system message as JSON, a line each; a call is JSON between <tool_call> tags, which are
+# plain text, as Hermes and Qwen write it; a tool's result is a turn of its own.
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+  {{- '<|im_start|>system\\n' -}}
+  {%- if messages[0]['role'] == 'system' -%}{{- messages[0]['content'] | trim + '\\n\\n' -}}{%- endif -%}
+  {{- 'These tools can be called:\\n<tools>\\n' -}}
+  {%- for tool in tools -%}{{- tool | tojson + '\\n' -}}{%- endfor -%}
+  {{- '</tools>\\nTo call one, write a JSON object with its name and arguments:\\n<tool_call>\\n' -}}
+  {{- '{"name": "...", "arguments": {...}}\\n</tool_call><|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
+  {%- if not (tools and loop.first and message['role'] == 'system') -%}
   {{- '<|im_start|>' + message['role'] + '\\n' -}}
   {%- if message['role'] == 'assistant' -%}
-    {%- generation -%}{{- message['content'] | trim + '<|im_end|>' -}}{%- endgeneration -%}
+    {%- generation -%}
+    {%- set content = (message['content'] or '') | trim -%}
+    {{- content -}}
+    {%- for call in message['tool_calls'] or [] -%}
+      {%- set function = call['function'] or call -%}
+      {{- '\\n' if content or not loop.first else '' -}}
+      {{- '<tool_call>\\n{"name": ' + function['name'] | tojson + ', "arguments": ' -}}
+      {{- (function['arguments'] if function['arguments'] is string else function['arguments'] | tojson) -}}
+      {{- '}\\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>' -}}
+    {%- endgeneration -%}
   {%- else -%}
     {{- message['content'] | trim + '<|im_end|>' -}}
   {%- endif -%}
   {{- '\\n' -}}
+  {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
   {{- '<|im_start|>assistant\\n' -}}

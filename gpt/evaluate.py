@@ -188,6 +188,7 @@ def _open_data(
     data: Path, tokenizer: PreTrainedTokenizerBase, tokenizer_path: Path, length: int, encoding: str, scratch: Path
 ) -> ValidationStream:
     from data_pipeline.prepare import PrepareOptions, prepare
+    from data_pipeline.sources import ReadOptions
     from data_pipeline.tokenizer import tokenizer_fingerprint
 
     if not data.exists():
@@ -201,7 +202,7 @@ def _open_data(
         inputs=[str(data)],
         output=scratch / "data",
         tokenizer=tokenizer_path,
-        encoding=encoding,
+        read=ReadOptions(encoding=encoding),
         validation_fraction=0.0,
     )
     prepare(options, None)

@@ -24,6 +24,7 @@ from gpt.model import build_config
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe, parse_recipe
 from gpt.run_directory import compare_recipes, stored_recipe
+from gpt.stop_requests import StopRequests
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,11 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
 
 
 def check(recipe: Recipe, world_size: int) -> None:
-    """What the launcher does before it starts processes: `plan_run`, for its errors."""
-    plan_run(recipe, world_size)
+    """What the launcher does before it starts processes: `plan_run`, for its errors, and a look at every data file."""
+    plan = plan_run(recipe, world_size)
+    for stream in (plan.training, plan.validation):
+        if stream is not None:
+            stream.check_files()
 
 
 def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
@@ -100,13 +104,18 @@ def main() -> NoReturn:
     """One rank, started by the launcher: the recipe is in TRAINYARD_RECIPE, torchrun's variables name the rank.
 
     What is refused is written to TRAINYARD_ERROR_DIRECTORY as one sentence, a crash as its traceback, for the launcher
-    to print once; the exit code is 1 in both cases.
+    to print once; the exit code is 1 in both cases. A requested stop leaves its step there and the exit code 0, because
+    torchrun's agent takes any other for a failure.
     """
     rank = int(os.environ["RANK"])
     errors = Path(os.environ["TRAINYARD_ERROR_DIRECTORY"])
+    stop_requests = StopRequests(errors)
     code = 1
     try:
-        run(parse_recipe(json.loads(os.environ["TRAINYARD_RECIPE"]), "from the launcher"))
+        recipe = parse_recipe(json.loads(os.environ["TRAINYARD_RECIPE"]), "from the launcher")
+        stopped_at = run(recipe, stop_requests.requested)
+        if stopped_at is not None:
+            (errors / f"rank_{rank}.stopped").write_text(str(stopped_at), encoding="utf-8")
         code = 0
     except (ValueError, OSError) as error:
         (errors / f"rank_{rank}.txt").write_text(str(error), encoding="utf-8")
@@ -121,8 +130,11 @@ def main() -> NoReturn:
     os._exit(code)
 
 
-def run(recipe: Recipe) -> None:
-    """Train the recipe to its end on this rank, from the newest checkpoint where there is one."""
+def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
+    """Train the recipe to its end on this rank, from the newest checkpoint where there is one.
+
+    Returns the step after which a requested stop ended it, None where it came to its end.
+    """
     from gpt import distributed
     from gpt.run_directory import RunDirectory
 
@@ -138,14 +150,17 @@ def run(recipe: Recipe) -> None:
     if refusal is not None:
         raise ValueError(refusal)
     try:
-        _run_claimed(recipe, ranks, owner, generation)
+        stopped_at = _run_claimed(recipe, ranks, owner, generation, stop_requested)
     finally:
         if owner is not None:
             owner.release()
     distributed.stop()
+    return stopped_at
 
 
-def _run_claimed(recipe: Recipe, ranks: Any, owner: Any, generation: int) -> None:
+def _run_claimed(
+    recipe: Recipe, ranks: Any, owner: Any, generation: int, stop_requested: Callable[[], bool]
+) -> int | None:
     from gpt import distributed
     from gpt.checkpoint.write import remove_leftovers
     from gpt.metrics import flops_per_token, measure_matmul_flops
@@ -192,6 +207,7 @@ def _run_claimed(recipe: Recipe, ranks: Any, owner: Any, generation: int) -> Non
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
         save=saver,
+        stop_requested=stop_requested,
         uncompiled=uncompiled,
         flops_per_token=flops_per_token(
             matrix_parameters, len(layers), plan.config.get_text_config().hidden_size, recipe.data.sequence_length
@@ -205,7 +221,9 @@ def _run_claimed(recipe: Recipe, ranks: Any, owner: Any, generation: int) -> Non
     trainer.fit()
     if owner is not None and metrics is not None:
         metrics.close()
-        owner.write_event("end", step=plan.schedule.total_steps)
+        if trainer.stopped_at is None:
+            owner.write_event("end", step=plan.schedule.total_steps)
+    return trainer.stopped_at
 
 
 def _open_metrics(plan: RunPlan, owner: Any, resumed: int) -> Any:

@@ -74,6 +74,18 @@ class BatchSource:
         return micro_batches(rows, plan.accumulation_steps, plan.rows_per_forward, self._ranks.device)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    forwards: list[MicroBatch]
+    target_tokens: int
+    """Of the whole global batch."""
+    stop: bool
+    """Whether a rank was asked to stop."""
+    started: float
+    """`perf_counter` when the step began to wait for its data."""
+    data_wait_seconds: float
+
+
 @dataclass
 class Trainer:
     """One start of a run. `owner` and `metrics` are rank 0's and None elsewhere."""
@@ -89,6 +101,7 @@ class Trainer:
     schedule: Schedule
     evaluate: Callable[["Trainer"], Evaluation] | None
     save: Callable[["Trainer", int, Probe], Written]
+    stop_requested: Callable[[], bool]
     uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
@@ -101,16 +114,25 @@ class Trainer:
         self._checkpoint_bytes = 0
         self._stall_seconds = 0.0
         self._stop_at = self.schedule.total_steps
+        self._saved_step = self.first_step - 1
+        self.stopped_at: int | None = None
+        """The last step before a requested stop; None where nobody asked for one."""
 
     def fit(self) -> None:
         """Train from `first_step` to the end of the schedule, evaluating and saving on the way and at the end.
 
+        When a rank was asked to stop, all ranks save what they have and leave before the next step.
+
         Raises:
             ValueError: the loss is not finite, or the last checkpoint cannot be written.
         """
-        for step in range(self.first_step, self._stop_at + 1):
+        for step in range(self.first_step, self.schedule.total_steps + 1):
             self._phase(f"step {step}")
-            record = self.train_step(step)
+            batch = self._take(step)
+            if batch.stop:
+                self._stop(step - 1)
+                break
+            record = self.train_step(step, batch)
             greedy = None
             if self.evaluate is not None and self._is_due(step, self.recipe.evaluate.every_steps):
                 self._phase(f"evaluation at step {step}")
@@ -126,13 +148,28 @@ class Trainer:
                 self._save(step, greedy)
         self.batches.close()
 
-    def train_step(self, step: int) -> Record:
-        """One optimizer step; returns the step's record (complete on rank 0 only)."""
-        started, busy = time.perf_counter(), time.process_time()
+    def _take(self, step: int) -> "_Batch":
+        """This rank's part of a global batch, and what all ranks must know of it, in one collective."""
+        started = time.perf_counter()
         forwards = self.batches.take(step)
-        data_wait = time.perf_counter() - started
-        counts = distributed.gather_floats([sum(int(f.mask.sum()) for f in forwards)], self.ranks)
-        target_tokens = int(counts.sum())
+        waited = time.perf_counter() - started
+        mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested()]
+        everyone = distributed.gather_floats(mine, self.ranks)
+        return _Batch(forwards, int(everyone[:, 0].sum()), bool(everyone[:, 1].any()), started, waited)
+
+    def _stop(self, step: int) -> None:
+        """Leave after `step`, which is saved unless it already is."""
+        self.stopped_at = self._stop_at = step
+        if self.owner is not None:
+            self.owner.write_event("stop requested", step=step)
+        if step > self._saved_step:
+            self._phase(f"checkpoint at step {step}")
+            self._save(step, None)
+
+    def train_step(self, step: int, batch: "_Batch") -> Record:
+        """One optimizer step; returns the step's record (complete on rank 0 only)."""
+        started, busy = batch.started, time.process_time()
+        forwards, target_tokens = batch.forwards, batch.target_tokens
         if target_tokens == 0:
             raise ValueError(f"the global batch of step {step} has no target token: nothing can be learned from it")
         learning_rate = self.schedule.learning_rate(max(1, step - self.engine.skipped_steps))
@@ -147,7 +184,7 @@ class Trainer:
             loss_sum += part.detach()
         # Its own processor time: on a CPU a rank sleeps while it waits for another one. A GPU's host tells nothing.
         busy = time.process_time() - busy if self.ranks.device.type == "cpu" else 0.0
-        mine = [float(loss_sum), busy, data_wait, peak_memory_gib(self.ranks.device)]
+        mine = [float(loss_sum), busy, batch.data_wait_seconds, peak_memory_gib(self.ranks.device)]
         everyone = distributed.gather_floats(mine, self.ranks)
         loss = float(everyone[:, 0].sum()) / target_tokens
         if not np.isfinite(loss):
@@ -231,6 +268,7 @@ class Trainer:
                 raise ValueError(f"{message}. It was the last one: make room and start the run again")
             return
         self._last_commit = time.monotonic()
+        self._saved_step = step
         if self.owner is not None:
             self._checkpoint_bytes = written.size_bytes
             self.owner.write_event("checkpoint committed", step=step, bytes=written.size_bytes, seconds=seconds)

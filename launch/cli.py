@@ -1,12 +1,14 @@
 """The command `trainyard`: parse, call, print; no logic.
 
-Exit codes: 0 done, 1 refused or failed with one sentence, 2 wrong arguments, 128 + n ended by signal n.
+Exit codes: 0 done, 1 refused or failed with one sentence, 2 wrong arguments, 85 stopped on request, to be continued,
+128 + n ended by signal n.
 Modules of the project are imported inside the commands, because torch alone takes longer than `--help` should.
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,56 +77,93 @@ def _progress(what: str, in_bytes: bool = True) -> Iterator[Callable[[int, int],
 
 @app.command()
 def prepare(
-    inputs: Annotated[list[str], typer.Option("--input", help="File, folder or glob; may be repeated.")],
+    inputs: Annotated[list[str], typer.Option("--input", help="File, folder, glob or hf://…; may be repeated.")],
     out: Annotated[Path, typer.Option(help="Folder for train/, validation/, tokenizer/ and report.json.")],
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer to use.")] = None,
     train_tokenizer: Annotated[
         int | None, typer.Option(metavar="VOCABULARY", help="Train a byte-level BPE tokenizer of this size.")
     ] = None,
-    format: Annotated[str, typer.Option(help="auto, text, csv, jsonl, parquet or chat.")] = "auto",
+    tokenizer_sample_bytes: Annotated[
+        int, typer.Option(help="Text that it is trained on, at most, from everywhere.")
+    ] = 512 * 2**20,
+    format: Annotated[
+        str, typer.Option(help="auto, text, csv, jsonl, json, parquet, arrow, megatron or chat.")
+    ] = "auto",
     text_field: Annotated[str, typer.Option(help="Column or field that holds the text.")] = "text",
     prompt_field: Annotated[str, typer.Option(help="Column of the user's message (chat).")] = "prompt",
     response_field: Annotated[str, typer.Option(help="Column of the assistant's message (chat).")] = "response",
     delimiter: Annotated[str | None, typer.Option(help="CSV delimiter; found from the header if not given.")] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
+    skip_bad_rows: Annotated[bool, typer.Option(help="Count bad rows in the report instead of stopping.")] = False,
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents kept for validation.")] = 0.01,
     validation_input: Annotated[
         list[str] | None, typer.Option(help="Files kept for validation instead of a share; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Of N calls on one output, this is I (from 0): its share only.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto (the fastest that is equal), gigatoken, tiktoken or huggingface.")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Turn text, CSV, JSONL, Parquet or chat files into token shards and a tokenizer.
 
+    The same call goes on with what an interrupted one has left, and gives the same bytes for any number of workers.
+
     Example: `trainyard prepare --input reviews.csv --text-field review --train-tokenizer 8192 --out data/reviews`
     """
-    from data_pipeline.prepare import PrepareOptions
+    from data_pipeline.prepare import PrepareOptions, parse_task
     from data_pipeline.prepare import prepare as run_prepare
+    from data_pipeline.sources import ReadOptions
+    from launch.environment import usable_cores
 
+    delimiter = "\t" if delimiter == "\\t" else delimiter  # a shell passes the two characters
     options = PrepareOptions(
         inputs=inputs,
         output=out,
         tokenizer=tokenizer,
         train_vocabulary=train_tokenizer,
-        format=format,
-        text_field=text_field,
-        prompt_field=prompt_field,
-        response_field=response_field,
-        delimiter=delimiter,
-        encoding=encoding,
+        tokenizer_sample_bytes=tokenizer_sample_bytes,
+        read=ReadOptions(format, text_field, prompt_field, response_field, delimiter, encoding, skip_bad_rows),
         validation_fraction=validation_fraction,
         validation_inputs=validation_input or [],
         seed=seed,
+        workers=workers or usable_cores(),
+        task=None if task is None else parse_task(task),
+        engine=engine,
     )
     with _answer(as_json) as answer:
         with _progress("prepare") as progress:
             report = run_prepare(options, progress)
         answer(report)
         if not as_json:
-            shown = {
-                key: report[key] for key in ("kind", "tokenizer", "splits", "duplicates", "empty_documents", "reused")
-            }
-            _print_values(shown | {"report": str(out / "report.json")})
+            keys = ("kind", "tokenizer", "splits", "duplicates", "empty_documents", "skipped_rows", "cut_short", "task")
+            shown = {key: report[key] for key in (*keys, "units", "units_done", "reused", "run") if key in report}
+            _print_values(shown | ({"report": str(out / "report.json")} if "splits" in report else {}))
+
+
+@app.command()
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(help="Prepared data or a split of it, a checkpoint, a run or an export.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Read everything in a folder and compare it with its checksums; the first damaged file is named.
+
+    Example: `trainyard verify data/reviews`
+    """
+    from launch.verify import verify as run_verify
+
+    with _answer(as_json) as answer:
+        with _progress("verify") as progress:
+            result = run_verify(directory, progress)
+        answer(result)
+        if not as_json:
+            _print_values({"whole": str(directory)} | result)
 
 
 @app.command()
@@ -145,6 +184,8 @@ def train(
 
     Example: `trainyard train launch/recipes/quickstart_pretrain.yaml optimizer.learning_rate=1e-3 --processes 2`
     """
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the workers are started, which takes seconds
+        signal.signal(number, _stop_before_start)
     from gpt.recipe import fork_recipe, load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
@@ -160,6 +201,12 @@ def train(
     check(resolved, processes * nodes)
     code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     raise typer.Exit(code)
+
+
+def _stop_before_start(number: int, frame: Any) -> None:
+    print(f"trainyard: {signal.Signals(number).name}: stopped before the workers were started", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(85)
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """N worker processes on this host, or this host's share of a run on many; owns signals and exit codes.
 
 torchrun's agent starts the workers and ends them all when one fails. What the user sees, which signals end a run and
-with which exit code is decided here.
+with which exit code is decided here: the first signal asks the workers to save and end, however long that takes, a
+second one ends them at once.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -22,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS
 from launch import environment
 from launch.worker_output import RankLogs, log_directory, shown_on_terminal
 
@@ -32,7 +35,8 @@ WORKER_MODULE = "gpt.train"
 MEETING_TIMEOUT_SECONDS = 600
 SHUTDOWN_TIMEOUT_SECONDS = 30
 """How long workers may take to end after SIGTERM before they get SIGKILL."""
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED_EXIT_CODE = 85
+"""Stopped on request, to be continued."""
 
 
 def default_processes() -> tuple[int, str]:
@@ -56,7 +60,8 @@ def run_workers(
         rendezvous: HOST:PORT of host 0, under which all hosts reach it. Required for several hosts.
 
     Returns:
-        The exit code: 0 done, 1 a worker refused or failed (said on stderr), 128 + signal when a signal ended the run.
+        The exit code: 0 done, 1 a worker refused or failed (said on stderr), 85 stopped on request and saved, 128 +
+        signal when a second signal ended the run.
 
     Raises:
         ValueError: numbers that do not fit together.
@@ -65,17 +70,19 @@ def run_workers(
     config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
     logs = RankLogs(log_directory(recipe.run_directory()))
     config.logs_specs = logs
-    with _environment_for(recipe, processes, logs.directory), _ending_signals() as received:
+    with _environment_for(recipe, processes, logs.directory), _stop_signals(logs.directory) as received:
         try:
-            with shown_on_terminal(logs):
+            with shown_on_terminal(logs), _blocked_in_this_thread():
                 elastic_launch(config, sys.executable)("-P", "-m", WORKER_MODULE)
         except ChildFailedError as error:
             print("\n".join(_explain(error.failures, logs.directory)), file=sys.stderr, flush=True)
             return 1
         except SignalException:
-            number = received[0]
+            number = received[-1]
             print(
-                f"trainyard: stopped by {number.name}; all workers of this host have ended", file=sys.stderr, flush=True
+                f"trainyard: ended by {number.name} without saving; all workers of this host have ended",
+                file=sys.stderr,
+                flush=True,
             )
             return 128 + number
         except (RendezvousError, torch.distributed.DistError) as error:
@@ -83,6 +90,11 @@ def run_workers(
                 f"the {nodes} hosts of the run did not meet at {config.rdzv_endpoint}: {' '.join(str(error).split())}; "
                 f"start all within {MEETING_TIMEOUT_SECONDS} s, with a port free on host 0 and open to the others"
             ) from error
+    stopped = sorted(logs.directory.glob("rank_*.stopped"))
+    if stopped:
+        step = stopped[0].read_text(encoding="utf-8")
+        print(f"trainyard: stopped on request after step {step}; the same command goes on from there", file=sys.stderr)
+        return STOPPED_EXIT_CODE
     return 0
 
 
@@ -147,27 +159,53 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
 
 
 @contextlib.contextmanager
-def _ending_signals() -> Iterator[list[signal.Signals]]:
-    """Turn the first ending signal into the end of all workers; later ones must not interrupt that end.
+def _stop_signals(directory: Path) -> Iterator[list[signal.Signals]]:
+    """Turn the first signal into a request that the workers read, a later one into their end.
 
-    The agent's own handlers would pass SIGINT on, which prints a traceback in every worker, and a second signal would
-    leave workers behind. The list holds the received signal.
+    The agent's own handlers would pass SIGINT on, which prints a traceback in every worker, end the workers within a
+    time-out, saved or not, and die of SIGUSR1. The list holds the received signals.
     """
     received: list[signal.Signals] = []
+    first = 0.0
 
-    def end(number: int, frame: FrameType | None) -> None:
-        for other in ENDING_SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal first
         received.append(signal.Signals(number))
-        raise SignalException(f"received {received[0].name}", signal.SIGTERM)
+        if len(received) == 1:
+            first = time.monotonic()
+            (directory / REQUEST_NAME).touch()
+            print(
+                f"\ntrainyard: {received[0].name}: stopping after the present step, with a checkpoint; a second signal "
+                "ends at once",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif time.monotonic() - first > SAME_REQUEST_SECONDS:
+            for other in SIGNALS:
+                signal.signal(other, signal.SIG_IGN)  # a third one must not interrupt the end and leave workers behind
+            raise SignalException(f"received {received[-1].name}", signal.SIGTERM)
 
-    previous: dict[signal.Signals, Any] = {number: signal.signal(number, end) for number in ENDING_SIGNALS}
+    previous: dict[signal.Signals, Any] = {number: signal.signal(number, note) for number in SIGNALS}
     previous[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)  # the agent takes it
     try:
         yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _blocked_in_this_thread() -> Iterator[None]:
+    """Let workers start with the signals blocked, which they inherit from the thread that starts them.
+
+    This process still gets them: the thread that shows the workers' output takes them, and Python runs the handlers in
+    the main thread all the same.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _explain(failures: dict[int, ProcessFailure], logs: Path) -> list[str]:

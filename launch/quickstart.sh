@@ -38,7 +38,7 @@ say "Export the chat model to a Hugging Face folder, reloaded and compared"
 
 say "Ask it"
 "$trainyard" generate exports/quickstart-chat --prompt "What is AI?" --prompt "Are you sentient?" \
-  --prompt "What is your favorite programming language"
+  --prompt "Who are you?"
 
 cat <<END
 

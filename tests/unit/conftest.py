@@ -10,6 +10,7 @@ from recipe_samples import PreparedData
 @pytest.fixture(scope="session")
 def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     from data_pipeline.prepare import PrepareOptions, prepare
+    from data_pipeline.sources import ReadOptions
 
     folder = tmp_path_factory.mktemp("prepared")
     dice = random.Random(0)
@@ -40,7 +41,7 @@ def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
             inputs=[str(chats)],
             output=folder / "chat",
             tokenizer=folder / "text" / "tokenizer",
-            format="chat",
+            read=ReadOptions(format="chat"),
             validation_fraction=0.3,
         )
     )

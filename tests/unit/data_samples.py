@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.token_shards import ShardWriter
+from data_pipeline.shard_writer import UnitWriter, write_manifest
 from data_pipeline.tokenizer import train_tokenizer
 
 EMBEDDED = Path(__file__).parents[2] / "data_pipeline" / "embedded"
@@ -48,19 +48,19 @@ def write_shards(
     vocabulary_size: int = 1000,
     pad: int | None = 1,
 ) -> Path:
-    writer = ShardWriter(
+    kind = "text" if masks is None else "chat"
+    writer = UnitWriter(directory, kind=kind, vocabulary_size=vocabulary_size, shard_bytes=shard_bytes)
+    for index, document in enumerate(documents):
+        writer.add_document(document, None if masks is None else masks[index])
+    write_manifest(
         directory,
-        kind="text" if masks is None else "chat",
+        kind=kind,
+        split="train",
         tokenizer_sha256=tokenizer_sha256,
         vocabulary_size=vocabulary_size,
         special_ids={"eos": 0, "pad": pad},
-        split="train",
-        shard_bytes=shard_bytes,
-    )
-    for index, document in enumerate(documents):
-        writer.add_document(document, None if masks is None else masks[index])
-    writer.finish(
-        [{"source": "made.txt", "bytes": 1, "documents_in": len(documents), "documents_kept": len(documents)}]
+        shards=writer.finish(),
+        units=[{"source": "made.txt", "bytes": 1, "documents_in": len(documents), "documents_kept": len(documents)}],
     )
     return directory
 

@@ -17,6 +17,7 @@ import pytest
 from data_samples import EMBEDDED, VOCABULARY, macbeth, save_tokenizer, small_tokenizer, write_jsonl
 
 from data_pipeline.prepare import MARKER_NAME, PrepareOptions, prepare
+from data_pipeline.sources import ReadOptions
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -50,7 +51,7 @@ def _options(source: Path | str, output: Path, tokenizer: Path | None, **changes
 def _documents(directory: Path) -> list[list[int]]:
     shards = TokenShards(directory)
     flat = shards.read(0, shards.tokens)
-    return [part.tolist() for part in np.split(flat, shards.document_starts[1:].astype(np.int64))]
+    return [part.tolist() for part in np.split(flat, np.cumsum(shards.document_lengths())[:-1])]
 
 
 def _files(directory: Path) -> dict[str, bytes]:
@@ -95,6 +96,8 @@ def test_trained_tokenizer_sees_the_training_split_only_and_is_stored(tmp_path: 
         "sha256": tokenizer_fingerprint(output / "tokenizer"),
         "vocabulary_size": VOCABULARY,
         "trained": True,
+        "sample_documents": 1,
+        "sample_text_bytes": len(macbeth()),
     }
     assert [split["documents"] for split in report["splits"].values()] == [1, 1]
     done = [call[0] for call in calls]
@@ -111,8 +114,9 @@ def test_chat_shards_hold_rendered_conversations_and_masks(tmp_path: Path, token
     shards = TokenShards(tmp_path / "out" / "train")
     lines = CHAT_LINES
     assert shards.documents == len(lines)
+    lengths = shards.document_lengths()
     for index in (0, 7, len(lines) - 1):
-        start, length = int(shards.document_starts[index]), int(shards.document_lengths[index])
+        start, length = int(lengths[:index].sum()), int(lengths[index])
         expected = small_tokenizer().apply_chat_template(
             json.loads(lines[index])["messages"], return_assistant_tokens_mask=True, return_dict=True
         )
@@ -174,10 +178,11 @@ def test_chinese_csv_in_gb18030(tmp_path: Path, tokenizer_folder: Path) -> None:
     rows = [f"第{number}行：床前明月光" for number in range(50)]  # noqa: RUF001 - Chinese punctuation
     path = tmp_path / "a.csv"
     path.write_bytes(("编号,正文\n" + "".join(f"{n},{row}\n" for n, row in enumerate(rows))).encode("gb18030"))
-    changes = {"text_field": "正文", "validation_fraction": 0}
+    read = ReadOptions(text_field="正文")
     with pytest.raises(ValueError, match="--encoding gb18030"):
-        prepare(_options(path, tmp_path / "out", tokenizer_folder, **changes))
-    prepare(_options(path, tmp_path / "out", tokenizer_folder, encoding="gb18030", **changes))
+        prepare(_options(path, tmp_path / "out", tokenizer_folder, read=read, validation_fraction=0))
+    read = ReadOptions(text_field="正文", encoding="gb18030")
+    prepare(_options(path, tmp_path / "out", tokenizer_folder, read=read, validation_fraction=0))
     assert [small_tokenizer().decode(ids[:-1]) for ids in _documents(tmp_path / "out" / "train")] == rows
 
 
@@ -188,6 +193,7 @@ def test_a_second_call_reuses_and_other_options_are_refused(tmp_path: Path, toke
     before = {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in _files(tmp_path / "out")}
     again = prepare(options)
     assert (first.pop("reused"), again.pop("reused")) == (False, True)
+    assert (first.pop("run")["units_made"], again.pop("run")["units_made"]) == (1, 0)
     assert again == first
     assert before == {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in before}
     with pytest.raises(ValueError, match="other options or from other files"):
@@ -207,24 +213,26 @@ def test_reuse_notices_a_damaged_output(tmp_path: Path, tokenizer_folder: Path) 
     assert "--validation-fraction 0.1" in command
 
 
-def test_a_killed_preparation_is_cleaned_and_made_anew(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_killed_merge_is_done_again_with_the_units_as_they_are(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = _rows_file(tmp_path)
     script = f"""
         import os, signal
         from pathlib import Path
-        import data_pipeline.prepare as module
-        module._count_duplicates = lambda splits: os.kill(os.getpid(), signal.SIGKILL)
-        module.prepare(module.PrepareOptions([{str(source)!r}], Path({str(tmp_path / "out")!r}),
+        import data_pipeline.merge as module
+        from data_pipeline.prepare import PrepareOptions, prepare
+        module._count_duplicates = lambda plan, records: os.kill(os.getpid(), signal.SIGKILL)
+        prepare(PrepareOptions([{str(source)!r}], Path({str(tmp_path / "out")!r}),
             tokenizer=Path({str(tokenizer_folder)!r}), validation_fraction=0.1))
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=EMBEDDED.parents[1], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "out" / MARKER_NAME).exists()
     assert (tmp_path / "out" / "train" / "manifest.json").exists()
-    prepare(_options(source, tmp_path / "out", tokenizer_folder, validation_fraction=0.1))
+    report = prepare(_options(source, tmp_path / "out", tokenizer_folder, validation_fraction=0.1))
+    assert report["run"]["units_made"] == 0
     prepare(_options(source, tmp_path / "clean", tokenizer_folder, validation_fraction=0.1))
     interrupted, clean = _files(tmp_path / "out"), _files(tmp_path / "clean")
-    del interrupted["report.json"], clean["report.json"]
+    del interrupted["report.json"], clean["report.json"]  # they name their outputs
     assert interrupted == clean
 
 
@@ -257,7 +265,7 @@ def test_a_refused_input_leaves_nothing_behind(tmp_path: Path, tokenizer_folder:
 def test_bad_conversations_are_named_with_file_and_line(tmp_path: Path, tokenizer_folder: Path) -> None:
     good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     two = {"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Ho"}]}
-    for bad, message in ((two, "turns must alternate"), ({"messages": []}, "conversation is empty")):
+    for bad, message in ((two, "must alternate"), ({"messages": []}, "conversation is empty")):
         source = write_jsonl(tmp_path / "a.jsonl", [good, good, bad])
         with pytest.raises(ValueError, match=rf"a\.jsonl:3: .*{message}"):
             prepare(_options(source, tmp_path / "out", tokenizer_folder, validation_fraction=0))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from data_samples import random_documents, write_shards
 
-from data_pipeline import token_shards
-from data_pipeline.token_shards import ShardWriter, TokenShards
+from data_pipeline import shard_writer, token_shards
+from data_pipeline.shard_writer import UnitWriter
+from data_pipeline.token_shards import TokenShards
 
 
 def _flip(path: Path, offset: int) -> None:
@@ -20,7 +21,8 @@ def _flip(path: Path, offset: int) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_shards, "BLOCK_BYTES", 64)
+    for module in (token_shards, shard_writer):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
 
 
 def test_round_trip_over_several_shards(tmp_path: Path, small_blocks: None) -> None:
@@ -30,8 +32,7 @@ def test_round_trip_over_several_shards(tmp_path: Path, small_blocks: None) -> N
     assert len(shards.manifest["shards"]) > 3
     assert (shards.tokens, shards.documents, shards.kind) == (flat.size, 50, "text")
     assert np.array_equal(shards.read(0, flat.size), flat)
-    assert shards.document_lengths.tolist() == [len(document) for document in documents]
-    assert shards.document_starts.dtype == np.uint64
+    assert shards.document_lengths().tolist() == [len(document) for document in documents]
     starts = np.arange(0, flat.size - 40, 7)
     windows = np.empty((starts.size, 41), dtype=np.int64)
     shards.read_windows(starts, windows)
@@ -88,19 +89,66 @@ def test_flipped_byte_beside_the_tokens(tmp_path: Path, suffix: str) -> None:
     _flip(tmp_path / "d" / f"u-00000-000.{suffix}", 1)
     shards = TokenShards(tmp_path / "d")
     with pytest.raises(ValueError, match=rf"\.{suffix}: block 0 .*damaged"):
-        _ = shards.document_starts if suffix == "docs" else shards.read_mask(0, 8)
+        _ = shards.document_lengths() if suffix == "docs" else shards.read_mask(0, 8)
 
 
-def test_truncated_and_missing_shards_are_refused_at_open(tmp_path: Path) -> None:
+def test_flipped_byte_in_the_checksums(tmp_path: Path) -> None:
+    write_shards(tmp_path / "d", random_documents(30, 60))
+    _flip(tmp_path / "d" / "u-00000-000.sums", 3)
+    with pytest.raises(ValueError, match=r"u-00000-000\.sums is damaged"):
+        TokenShards(tmp_path / "d").read(0, 8)
+
+
+def test_check_all_finds_a_flipped_byte_anywhere(tmp_path: Path, small_blocks: None) -> None:
+    documents = random_documents(30, 60)
+    write_shards(tmp_path / "d", documents, [np.ones(len(document), dtype=bool) for document in documents], "x", 500)
+    calls: list[tuple[int, int]] = []
+    TokenShards(tmp_path / "d").check_all(lambda done, total: calls.append((done, total)))
+    assert len(calls) > 3 and calls[-1][0] == calls[-1][1]
+    for path in sorted((tmp_path / "d").iterdir()):
+        content = path.read_bytes()
+        _flip(path, len(content) * 2 // 3)
+        with pytest.raises(ValueError, match=rf"{path.name}.*(damaged|changed after|not a manifest)"):
+            TokenShards(tmp_path / "d").check_all()
+        path.write_bytes(content)
+
+
+def test_documents_are_found_in_any_window(tmp_path: Path, small_blocks: None) -> None:
+    documents = random_documents(60, 40, seed=3)
+    shards = TokenShards(write_shards(tmp_path / "d", documents, shard_bytes=300))
+    begins = np.cumsum([0, *(len(document) for document in documents)])[:-1]
+    starts = np.arange(0, shards.tokens, 3)
+    rows, columns = shards.document_beginnings(starts, 37)
+    expected = [
+        (row, int(begin - start)) for row, start in enumerate(starts) for begin in begins if start < begin < start + 37
+    ]
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
+    assert any(column == 36 for _, column in expected)
+
+
+def test_units_and_batches_do_not_show_in_the_bytes(tmp_path: Path) -> None:
+    """Documents one by one, or all at once: the same shards; units stand in the order of the manifest."""
+    documents = random_documents(50, 60)
+    write_shards(tmp_path / "one", documents, shard_bytes=500)
+    writer = UnitWriter(tmp_path / "all", kind="text", vocabulary_size=1000, shard_bytes=500)
+    writer.add_documents(np.concatenate(documents), np.array([len(document) for document in documents]))
+    assert len(writer.finish()) > 3
+    for file in (tmp_path / "all").iterdir():
+        assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
+
+
+def test_truncated_and_missing_shards_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path / "d", random_documents(30, 60))
     path = tmp_path / "d" / "u-00000-000.bin"
     content = path.read_bytes()
     path.write_bytes(content[:-2])
     with pytest.raises(ValueError, match=rf"has {len(content) - 2:,} bytes, but the manifest says {len(content):,}"):
-        TokenShards(tmp_path / "d")
+        TokenShards(tmp_path / "d").check_files()
+    with pytest.raises(ValueError, match="the file is damaged"):
+        TokenShards(tmp_path / "d").read(0, 1)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"u-00000-000\.bin is missing"):
-        TokenShards(tmp_path / "d")
+        TokenShards(tmp_path / "d").check_files()
 
 
 def test_manifest_is_checked(tmp_path: Path) -> None:
@@ -126,14 +174,7 @@ def test_directories_without_data(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_writer_leaves_no_data_set(tmp_path: Path) -> None:
-    writer = ShardWriter(
-        tmp_path / "d",
-        kind="text",
-        tokenizer_sha256="x",
-        vocabulary_size=10,
-        special_ids={"eos": 0, "pad": 1},
-        split="train",
-    )
+    writer = UnitWriter(tmp_path / "d", kind="text", vocabulary_size=10)
     writer.add_document([1, 2, 3])
     writer.abandon()
     with pytest.raises(FileNotFoundError, match="not a prepared data set"):
@@ -141,14 +182,7 @@ def test_an_unfinished_writer_leaves_no_data_set(tmp_path: Path) -> None:
 
 
 def test_writer_refuses_bad_documents(tmp_path: Path) -> None:
-    writer = ShardWriter(
-        tmp_path / "d",
-        kind="chat",
-        tokenizer_sha256="x",
-        vocabulary_size=10,
-        special_ids={"eos": 0, "pad": 1},
-        split="train",
-    )
+    writer = UnitWriter(tmp_path / "d", kind="chat", vocabulary_size=10)
     for ids, mask, message in (
         ([], [], "without tokens"),
         ([1, 10], [True, True], "outside the vocabulary of 10"),

@@ -222,7 +222,13 @@ def test_format_decides_between_text_and_chat(tmp_path: Path) -> None:
         (["Hi"], "is not a list of objects"),
         ([{"role": "user"}], r"a\.jsonl:1, message 1: there is no field 'content'"),
         ([{"role": "user", "content": None}], r"message 1: the field 'content' is null"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "'tool_calls' is not supported"),
+        ([{"role": "user", "content": ["x"]}], "message 1: the field 'content' is a list"),
+        ([{"role": "assistant", "content": "x", "tool_calls": ["x"]}], "'tool_calls' is not a list of objects"),
+        ([{"role": "assistant", "content": "x", "thinking": "y"}], "'thinking' is not supported"),
+        (
+            [{"role": "narrator", "content": "x"}],
+            "a.jsonl:1, message 1: the role 'narrator' is unknown; known are system, ",
+        ),
     ],
 )
 def test_bad_messages(tmp_path: Path, messages: Any, message: str) -> None:

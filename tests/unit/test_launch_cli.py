@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from launch import cli
 
-COMMANDS = ("prepare", "train", "evaluate", "export", "generate", "chat")
+COMMANDS = ("prepare", "verify", "train", "evaluate", "export", "generate", "chat")
 
 
 def trainyard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -103,10 +104,25 @@ def test_prepare_with_json(tmp_path: Path) -> None:
     ]
     done = trainyard(*arguments, "--out", str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "report.json").read_text("utf-8")) | {
-        "reused": False
-    }
+    answer = json.loads(done.stdout)
+    assert answer.pop("run").keys() == {"engine", "units_made", "seconds"}
+    assert answer == json.loads((tmp_path / "out" / "report.json").read_text("utf-8")) | {"reused": False}
     plain = trainyard(*arguments, "--out", str(tmp_path / "out"))
     assert plain.returncode == 0, plain.stderr
     assert "splits.train.documents: 8\n" in plain.stdout
     assert "reused: True\n" in plain.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_train_is_stopped_before_its_workers_start(number: signal.Signals) -> None:
+    code = (
+        "import time, gpt.recipe; from launch.cli import main;"
+        "gpt.recipe.load_recipe = lambda *_: (print('loading', flush=True), time.sleep(60)); main()"
+    )
+    command = [sys.executable, "-c", code, "train", "x.yaml"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1].endswith("stopped before the workers were started\n")
+    assert process.returncode == 85

@@ -18,11 +18,15 @@ import pytest
 from gpt.recipe import Recipe, parse_recipe
 from launch import local
 
+PROJECT = Path(__file__).resolve().parents[2]
 WORKER = """
 import json, os, pathlib, signal, sys, time
 rank = int(os.environ["RANK"])
 errors = pathlib.Path(os.environ["TRAINYARD_ERROR_DIRECTORY"])
 name = json.loads(os.environ["TRAINYARD_RECIPE"])["name"]
+
+from gpt.stop_requests import StopRequests
+stop = StopRequests(errors)
 
 def wait_for(file):
     while not (errors / file).exists():
@@ -48,7 +52,7 @@ def recipe(tmp_path: Path) -> Recipe:
 def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Gives the function that sets what every worker process runs."""
     monkeypatch.setattr(local, "WORKER_MODULE", "stand_in_worker")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(PROJECT)]))
     monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.delenv("TRAINYARD_RECIPE", raising=False)
@@ -71,13 +75,13 @@ def test_workers_get_recipe_ranks_and_environment(
         sys.stderr.write("a word without a newline")
     """)
     before = dict(os.environ)
-    handlers = [signal.getsignal(number) for number in local.ENDING_SIGNALS]
+    handlers = [signal.getsignal(number) for number in local.SIGNALS]
     assert local.run_workers(recipe, processes=2) == 0
     out, err = capfd.readouterr()
     assert sorted(out.splitlines()) == ["launched 0 2 cpu True", "launched 1 2 cpu True"]
     assert err == "a word without a newline" * 2
     assert dict(os.environ) == before
-    assert [signal.getsignal(number) for number in local.ENDING_SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in local.SIGNALS] == handlers
     (logs,) = (recipe.run_directory() / "logs").iterdir()
     assert (logs / "rank_00001.stdout.log").read_text() == "launched 1 2 cpu True\n"
 
@@ -152,44 +156,105 @@ def test_an_exit_without_a_word_is_said(recipe: Recipe, worker: Any, capfd: pyte
     assert "rank 0" not in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_launcher_ends_all_workers(
-    recipe: Recipe, worker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, code: int
-) -> None:
-    """The workers take their time to end, and an impatient user sends the signal again and again meanwhile."""
-    worker(f"""
-        place = pathlib.Path({str(tmp_path)!r})
-
-        def slow_end(*_):
-            (place / f"ending_{{rank}}").touch()
-            while not (place / "patience_is_over").exists():
-                time.sleep(0.01)
-            os._exit(0)
-
-        signal.signal(signal.SIGTERM, slow_end)
-        (place / f"ready_{{rank}}").touch()
-        time.sleep(60)
-    """)
-
-    def wait_for(files: str) -> None:
-        while len(list(tmp_path.glob(files))) < 2:
-            time.sleep(0.01)
+def send_when_ready(place: Path, workers: int, *actions: tuple[float, int, signal.Signals]) -> threading.Thread:
+    """After all workers are ready: (seconds to wait, process, signal), one after another."""
 
     def user() -> None:
-        wait_for("ready_*")
-        os.kill(os.getpid(), number)
-        wait_for("ending_*")
-        for _ in range(4):
-            os.kill(os.getpid(), number)
-            time.sleep(0.1)
-        (tmp_path / "patience_is_over").touch()
+        while len(list(place.glob("ready_*"))) < workers:
+            time.sleep(0.01)
+        for seconds, pid, number in actions:
+            time.sleep(seconds)
+            pid = pid or int((place / "ready_1").read_text())
+            # from a third process: what comes from the launcher is the agent's, and this process is the launcher here
+            subprocess.run(["kill", f"-{number.value}", str(pid)], check=True)
 
     thread = threading.Thread(target=user)
     thread.start()
+    return thread
+
+
+SAVING = """
+    place = pathlib.Path({place!r})
+    (place / f"ready_{{rank}}").write_text(str(os.getpid()))
+    while not stop.requested() and not list(errors.glob("rank_*.stopped")):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    (errors / f"rank_{{rank}}.stopped").write_text("7")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_lets_the_workers_save(
+    recipe: Recipe, worker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """Sent twice at once, as a scheduler does that signals every process and the step: one request."""
+    worker(SAVING.format(place=str(tmp_path)))
+    thread = send_when_ready(tmp_path, 2, (0, os.getpid(), number), (0.1, os.getpid(), number))
+    assert local.run_workers(recipe, processes=2) == 85
+    thread.join()
+    err = capfd.readouterr().err
+    assert f"{number.name}: stopping after the present step" in err
+    assert err.endswith("stopped on request after step 7; the same command goes on from there\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_is_a_request_too(
+    recipe: Recipe, worker: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    worker(SAVING.format(place=str(tmp_path)))
+    thread = send_when_ready(tmp_path, 2, (0, 0, number), (0.1, 0, number))
+    assert local.run_workers(recipe, processes=2) == 85
+    thread.join()
+
+
+def test_a_second_signal_to_one_rank_ends_the_run(
+    recipe: Recipe, worker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker(SAVING.format(place=str(tmp_path)).replace("sleep(0.5)", "sleep(60)"))
+    thread = send_when_ready(tmp_path, 2, (0, 0, signal.SIGTERM), (1.2, 0, signal.SIGTERM))
+    assert local.run_workers(recipe, processes=2) == 1
+    thread.join()
+    assert re.search(r"rank 1 .* ended with exit code 143", capfd.readouterr().err)
+    assert worker_processes() == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_all_workers_at_once(
+    recipe: Recipe, worker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    """The workers never come to their end, and an impatient user sends the signal again and again."""
+    worker(SAVING.format(place=str(tmp_path)).replace("sleep(0.5)", "sleep(60)"))
+    here = os.getpid()
+    thread = send_when_ready(tmp_path, 2, (0, here, number), (1.2, here, number), (0, here, number), (0, here, number))
+    started = time.monotonic()
     assert local.run_workers(recipe, processes=2) == code
+    assert time.monotonic() - started < 20
     thread.join()
     assert worker_processes() == []
-    assert f"stopped by {number.name}" in capfd.readouterr().err
+    assert f"ended by {number.name} without saving" in capfd.readouterr().err
+
+
+def test_workers_end_with_a_launcher_that_is_killed(worker: Any, recipe: Recipe, tmp_path: Path) -> None:
+    worker(f"""
+        (pathlib.Path({str(tmp_path)!r}) / f"ready_{{rank}}").write_text(str(os.getpid()))
+        time.sleep(60)
+    """)
+    code = (
+        "import sys; from gpt.recipe import parse_recipe; from launch import local;"
+        "local.WORKER_MODULE = 'stand_in_worker';"
+        f"local.run_workers(parse_recipe({recipe.model_dump(mode='json')!r}, 'test'), processes=2)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    while len(list(tmp_path.glob("ready_*"))) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    pids = [int(file.read_text()) for file in tmp_path.glob("ready_*")]
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers live on without their launcher"
+        time.sleep(0.05)
 
 
 def test_a_build_lock_of_a_killed_run_is_removed_with_a_line(

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("launch/install.sh", "launch/quickstart.sh", "tests/run.sh", ".ci/run", "slurm/train.sbatch")
+SCRIPTS = (
+    "launch/install.sh",
+    "launch/quickstart.sh",
+    "tests/run.sh",
+    ".ci/run",
+    "slurm/train.sbatch",
+    "slurm/prepare_array.sbatch",
+)
 
 
 def executable(file: Path, content: str) -> None:
@@ -148,8 +155,31 @@ def test_job_script_starts_one_launcher_a_node(tmp_path: Path) -> None:
     assert "no recipe given" in refused.stderr
 
 
-def test_job_script_options_are_ones_that_sbatch_takes_as_they_are() -> None:
-    lines = (ROOT / "slurm" / "train.sbatch").read_text().splitlines()
+def test_array_script_gives_each_task_its_share(tmp_path: Path) -> None:
+    executable(tmp_path / ".venv" / "bin" / "trainyard", '#!/bin/bash\nprintf "[%s]" "$@"; echo\n')
+    script = ROOT / "slurm" / "prepare_array.sbatch"
+    variables = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_TASK_MIN": "1",
+        "SLURM_ARRAY_TASK_MAX": "4",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+    }
+    done = bash(f"bash {script} --input 'a b/*.jsonl' --out 'x $(id)'", tmp_path, **variables)
+    assert (done.returncode, done.stdout) == (0, "[prepare][--input][a b/*.jsonl][--out][x $(id)][--task][2/4]\n")
+    for code, changes, sentence in (
+        (f"bash {script}", {}, "nothing to prepare"),
+        (f"bash {script} --input a", {"SLURM_ARRAY_TASK_COUNT": "3"}, "an array with gaps"),
+    ):
+        refused = bash(code, tmp_path, **(variables | changes))
+        assert refused.returncode == 2
+        assert sentence in refused.stderr
+        assert refused.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "prepare_array.sbatch"])
+def test_job_script_options_are_ones_that_sbatch_takes_as_they_are(name: str) -> None:
+    lines = (ROOT / "slurm" / name).read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
     assert len(options) > 3
     assert [option for option in options if not option.startswith("--") or "$" in option] == []

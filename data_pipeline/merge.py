@@ -1,0 +1,150 @@
+"""The end of ``prepare``: the records of all units become the manifests of the splits and the report."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.plan import Plan, PrepareOptions
+from data_pipeline.shard_writer import write_manifest
+from data_pipeline.sources import Ledger
+from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import tokenizer_fingerprint
+from data_pipeline.units import TOKENIZER, hashes_path, record_path
+
+BUCKET_HASHES = 2**24  # content hashes held in memory at a time: 128 MiB
+
+
+def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> dict[str, Any]:
+    """Write the manifests and return the report, the same bytes whoever made the units and however often it is done.
+
+    Args:
+        options: as given.
+        plan: all of its units are done.
+        sample: what a trained tokenizer was trained on, for the report.
+
+    Raises:
+        ValueError: no documents, a split without any, a file of which nothing could be used.
+    """
+    records = [json.loads(record_path(plan, unit.number).read_bytes()) for unit in plan.units]
+    files = [[0] * (1 + len(plan.splits)) for _ in plan.files]  # documents in, and kept in each split
+    ledger = Ledger()
+    for record in records:
+        ledger.merge(Ledger(**record["ledger"]))
+        for file, *counts in record["files"]:
+            files[file] = [one + other for one, other in zip(files[file], counts, strict=True)]
+    ledger.refuse_unusable({file.label: counts[0] for file, counts in zip(plan.files, files, strict=True)})
+    _require_documents(options, plan, records)
+    sha256 = tokenizer_fingerprint(plan.output / TOKENIZER)
+    header = {"kind": plan.kind, "tokenizer_sha256": sha256, **records[0]["tokenizer"]}
+    trained = options.train_vocabulary is not None
+    vocabulary = header["vocabulary_size"]
+    return {
+        "kind": plan.kind,
+        "options": _portable(options),
+        "tokenizer": {"sha256": sha256, "vocabulary_size": vocabulary, "trained": trained, **sample},
+        "units": len(plan.units),
+        "splits": {name: _write_split(plan, name, records, files, header) for name in plan.splits},
+        "empty_documents": sum(record["empty_documents"] for record in records),
+        "skipped_rows": ledger.skipped,
+        "cut_short": ledger.cut_short,
+        "ignored_files": list(plan.ignored),
+        "duplicates": _count_duplicates(plan, records),
+        "files": [
+            {"name": file.name, "bytes": file.bytes, "documents_in": counts[0], "documents_kept": sum(counts[1:])}
+            for file, counts in zip(plan.files, files, strict=True)
+        ],
+    }
+
+
+def _portable(options: PrepareOptions) -> dict[str, Any]:
+    """The options that the result depends on, in words of JSON."""
+    chosen = asdict(options)
+    for name in ("workers", "task", "engine"):
+        del chosen[name]
+    chosen |= {"output": str(options.output), "tokenizer": options.tokenizer and str(options.tokenizer)}
+    return {**chosen.pop("read"), **chosen}
+
+
+def _require_documents(options: PrepareOptions, plan: Plan, records: list[dict[str, Any]]) -> None:
+    documents = {name: sum(record["splits"][name]["documents"] for record in records) for name in plan.splits}
+    total = sum(documents.values())
+    if total == 0:
+        raise ValueError("the inputs hold no documents")
+    for name, count in documents.items():
+        if count:
+            continue
+        if options.validation_inputs:
+            raise ValueError(f"the {name} inputs hold no documents")
+        other = "raise" if name == "validation" else "lower"
+        raise ValueError(
+            f"with --validation-fraction {options.validation_fraction} none of the {total} documents falls to the "
+            f"{name} split: {other} the fraction or give --validation-input"
+        )
+
+
+def _write_split(
+    plan: Plan, name: str, records: list[dict[str, Any]], files: list[list[int]], header: dict[str, Any]
+) -> dict[str, Any]:
+    splits = [record["splits"][name] for record in records]
+    own = range(len(plan.files))
+    if plan.validation_threshold is None:
+        own = range(plan.train_files) if name == "train" else range(plan.train_files, len(plan.files))
+    place = 1 + plan.splits.index(name)
+    units = [
+        {
+            "source": plan.files[index].name,
+            "bytes": plan.files[index].bytes,
+            "documents_in": files[index][0],
+            "documents_kept": files[index][place],
+        }
+        for index in own
+    ]
+    directory = plan.output / name
+    write_manifest(
+        directory, split=name, shards=[shard for s in splits for shard in s["shards"]], units=units, **header
+    )
+    text_bytes = [split["text_bytes"] for split in splits]
+    return {
+        "documents": sum(split["documents"] for split in splits),
+        "tokens": sum(split["tokens"] for split in splits),
+        "text_bytes": None if None in text_bytes else sum(text_bytes),
+        "longest_document_tokens": max(split["longest_document_tokens"] for split in splits),
+        "fingerprint": TokenShards(directory).fingerprint,
+    }
+
+
+def _count_duplicates(plan: Plan, records: list[dict[str, Any]]) -> dict[str, int]:
+    """Exact duplicates by 64-bit hash: counted, not removed. Memory does not grow with the number of documents."""
+    documents = sum(split["documents"] for record in records for split in record["splits"].values())
+    count = -(-documents // BUCKET_HASHES)
+    bounds = np.array([2**64 * bucket // count for bucket in range(1, count)], dtype=np.uint64)
+    buckets = {name: _buckets(plan, name, bounds) for name in plan.splits}
+    result = {f"{name}_repeated_documents": 0 for name in plan.splits}
+    if len(plan.splits) > 1:
+        result["documents_in_both_splits"] = 0
+    for hashes in zip(*buckets.values(), strict=True):
+        unique = [np.unique(values) for values in hashes]
+        for name, values, once in zip(plan.splits, hashes, unique, strict=True):
+            result[f"{name}_repeated_documents"] += values.size - once.size
+        if len(unique) > 1:
+            result["documents_in_both_splits"] += np.intersect1d(unique[0], unique[1], assume_unique=True).size
+    return result
+
+
+def _buckets(plan: Plan, split: str, bounds: np.ndarray) -> Iterator[np.ndarray]:
+    """The content hashes of a split, those below ``bounds[0]`` first; each unit's file is sorted."""
+    paths = [hashes_path(plan, unit.number, split) for unit in plan.units]
+    edges = []
+    for path in paths:
+        hashes = np.fromfile(path, "<u8")
+        edges.append([0, *np.searchsorted(hashes, bounds).tolist(), hashes.size])
+    for bucket in range(bounds.size + 1):
+        yield np.concatenate(
+            [
+                np.fromfile(path, "<u8", count=edge[bucket + 1] - edge[bucket], offset=8 * edge[bucket])
+                for path, edge in zip(paths, edges, strict=True)
+            ]
+        )

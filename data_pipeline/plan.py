@@ -1,0 +1,205 @@
+"""What ``prepare`` is asked to do, and the plan that follows from it: the same on every worker and node."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import xxhash
+
+from data_pipeline.sources import ReadOptions, SourceFile, Unit, content_kind, content_paths, find_files, plan_units
+
+SPLITS = ("train", "validation")
+MAX_UNITS = 4096
+WHOLE_DIGEST_BYTES = 64 * 2**20
+EDGE_BYTES = 2**20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class PrepareOptions:
+    """What ``trainyard prepare`` is asked to do."""
+
+    inputs: list[str]  # files, folders, globs, hf://
+    output: Path
+    tokenizer: Path | None = None  # an existing tokenizer folder, or ...
+    train_vocabulary: int | None = None  # ... the vocabulary size of one to train
+    read: ReadOptions = field(default_factory=ReadOptions)
+    validation_fraction: float = 0.01  # share of documents, where validation_inputs does not name files of their own
+    validation_inputs: list[str] = field(default_factory=list)
+    seed: int = 0
+    tokenizer_sample_bytes: int = 512 * 2**20  # of text that a tokenizer is trained on, at most
+    unit_bytes: int = 128 * 2**20  # of input in one work unit; larger where there would be more than MAX_UNITS
+    # these do not change the result
+    workers: int = 1  # processes
+    task: tuple[int, int] | None = None  # (i, n): make only the units whose number is i modulo n
+    engine: str = "auto"  # see engines.open_engine
+
+    def command(self) -> str:
+        """The command line that makes the same data."""
+        words = ["trainyard", "prepare"]
+        for entry in self.inputs:
+            words += ["--input", entry]
+        words += ["--out", str(self.output)]
+        if self.tokenizer is not None:
+            words += ["--tokenizer", str(self.tokenizer)]
+        if self.train_vocabulary is not None:
+            words += ["--train-tokenizer", str(self.train_vocabulary)]
+        for entry in self.validation_inputs:
+            words += ["--validation-input", entry]
+        own = ["seed"] + ["tokenizer_sample_bytes"] * (self.train_vocabulary is not None)
+        own += ["validation_fraction"] * (not self.validation_inputs)
+        default = PrepareOptions([], self.output)
+        given = [(name, getattr(self, name), getattr(default, name)) for name in own]
+        given += [(f.name, getattr(self.read, f.name), getattr(default.read, f.name)) for f in fields(ReadOptions)]
+        for name, value, usual in given:
+            if value != usual:
+                words.append("--" + name.replace("_", "-"))
+                words += [] if value is True else [str(value)]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units are made of which files, and how. Workers get it pickled."""
+
+    output: Path
+    read: ReadOptions
+    files: tuple[SourceFile, ...]
+    train_files: int  # the files from this index on are validation inputs
+    ignored: tuple[str, ...]  # paths found but not read
+    units: tuple[Unit, ...]
+    kind: str  # "text" or "chat"
+    splits: tuple[str, ...]
+    seed: int
+    validation_threshold: int | None  # content hashes below it fall to validation; None: by file
+    tokenizer_sample_bytes: int
+    engine: str
+    identity: str
+
+    def split_of(self, file: int, content_hash: int) -> str:
+        """By file where validation has its own, else by content: equal documents always fall to one split."""
+        if self.validation_threshold is None:
+            return SPLITS[file >= self.train_files]
+        return SPLITS[content_hash < self.validation_threshold]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def unit_weights(self, train_only: bool = False) -> list[int]:
+        """Bytes of input of each unit, at least 1; ``train_only`` leaves validation inputs out."""
+        extents: dict[int, int] = {}
+        for unit in self.units:
+            for part in unit.parts:
+                extents[part.file] = extents.get(part.file, 0) + part.end - part.begin
+        used = self.train_files if train_only else len(self.files)
+        return [
+            max(
+                1,
+                sum(self.files[p.file].bytes * (p.end - p.begin) // extents[p.file] for p in u.parts if p.file < used),
+            )
+            for u in self.units
+        ]
+
+
+def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan:
+    """Find the files, cut them into units and hash what the result depends on.
+
+    Raises:
+        FileNotFoundError, ValueError: inputs that are missing, mixed or given twice; one sentence.
+    """
+    files, ignored = find_files(options.inputs, options.read)
+    train_files = len(files)
+    if options.validation_inputs:
+        validation, more = find_files(options.validation_inputs, options.read)
+        shared = {file.path.resolve() for file in files} & {file.path.resolve() for file in validation}
+        if shared:
+            raise ValueError(f"{min(shared)} is both a training and a validation input: leave it out of one")
+        files, ignored = files + validation, ignored + more
+    kinds = {content_kind(file, options.read): file for file in files}
+    if "chat" in kinds and len(kinds) > 1:
+        other = kinds.get("text") or kinds["ids"]
+        raise ValueError(
+            f"{kinds['chat'].label} holds conversations and {other.label} plain text: prepare them separately"
+        )
+    if "chat" in kinds and options.engine not in ("auto", "huggingface"):
+        raise ValueError(f"{kinds['chat'].label} holds conversations, which the engine huggingface alone encodes")
+    if "ids" in kinds and options.train_vocabulary is not None:
+        raise ValueError(f"{kinds['ids'].label} holds token ids: give the tokenizer that made them (--tokenizer)")
+    unit_bytes = max(options.unit_bytes, -(-sum(file.bytes for file in files) // MAX_UNITS))
+    units = tuple(plan_units(files, options.read, unit_bytes))
+    validated = bool(options.validation_inputs) or options.validation_fraction > 0
+    return Plan(
+        output=Path(options.output),
+        read=options.read,
+        files=tuple(files),
+        train_files=train_files,
+        ignored=tuple(ignored),
+        units=units,
+        kind="chat" if "chat" in kinds else "text",  # ids are of texts
+        splits=SPLITS if validated else SPLITS[:1],
+        seed=options.seed,
+        validation_threshold=None if options.validation_inputs else int(options.validation_fraction * 2**64),
+        tokenizer_sample_bytes=options.tokenizer_sample_bytes,
+        engine=options.engine,
+        identity=_identity(options, files, train_files, units, progress),
+    )
+
+
+def _identity(
+    options: PrepareOptions,
+    files: list[SourceFile],
+    train_files: int,
+    units: tuple[Unit, ...],
+    progress: Progress | None,
+) -> str:
+    """A hash of all that the result depends on: options, the tokenizer, the units, names and digests of the files.
+
+    Skipping bad rows is not part of it: it gives the same data where there are none, and a stored result that skipped
+    some is not taken for one that must not.
+    """
+    choices = {
+        "read": {key: value for key, value in asdict(options.read).items() if key != "skip_bad_rows"},
+        "train_vocabulary": options.train_vocabulary,
+        "validation_fraction": None if options.validation_inputs else options.validation_fraction,
+        "seed": options.seed,
+        "sample": None if options.train_vocabulary is None else options.tokenizer_sample_bytes,
+        "units": [[[part.file, part.begin, part.end] for part in unit.parts] for unit in units],
+    }
+    if options.tokenizer is not None:
+        from data_pipeline.tokenizer import tokenizer_files  # imports transformers, which takes seconds
+
+        choices["tokenizer"] = {file.name: file_digest(file) for file in tokenizer_files(options.tokenizer)}
+    digests = []
+    done, total = 0, sum(file.bytes for file in files)
+    for index, file in enumerate(files):
+        digests.append(
+            [file.name, file.bytes, [file_digest(path) for path in content_paths(file)], index >= train_files]
+        )
+        done += file.bytes
+        if progress is not None:
+            progress(done, total)
+    return hashlib.sha256(json.dumps(["prepare/2", choices, digests], sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of a file's content; above 64 MiB of its size, its modification time and its first and last MiB.
+
+    Each of many nodes takes the digests before it starts, and reading a terabyte for that would take hours. So a large
+    file that is changed in its middle, with its size and modification time kept, is not noticed.
+    """
+    digest = xxhash.xxh3_128()
+    status = path.stat()
+    with open(path, "rb") as content:
+        if status.st_size <= WHOLE_DIGEST_BYTES:
+            while block := content.read(2**23):
+                digest.update(block)
+            return digest.hexdigest()
+        digest.update(content.read(EDGE_BYTES))
+        content.seek(-EDGE_BYTES, 2)
+        digest.update(content.read(EDGE_BYTES))
+    return f"{status.st_size} {status.st_mtime_ns} {digest.hexdigest()}"

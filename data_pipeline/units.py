@@ -1,0 +1,376 @@
+"""The work on one unit of ``prepare``: read, split, encode, write, commit.
+
+A unit counts when its record ``.units/u-<number>.json`` is there, which is written last and atomically. What a killed
+worker leaves before that is written again with the same bytes under the same names.
+"""
+
+import errno
+import functools
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import xxhash
+
+from data_pipeline.plan import Plan
+from data_pipeline.shard_writer import UnitWriter, write_file_atomically
+from data_pipeline.sources import Document, Ledger, read_documents
+from data_pipeline.token_shards import BLOCK_BYTES
+
+RECORDS = ".units"
+TOKENIZER = "tokenizer"
+BATCH_CHARACTERS = 2**20  # what is encoded in one call
+BATCH_DOCUMENTS = 4096
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Report = Callable[[float], None]  # the share of the unit that is done
+
+
+def record_path(plan: Plan, number: int) -> Path:
+    return plan.output / RECORDS / f"u-{number:05d}.json"
+
+
+def hashes_path(plan: Plan, number: int, split: str) -> Path:
+    """Sorted content hashes (uint64) of a unit's documents in a split."""
+    return plan.output / RECORDS / f"u-{number:05d}.{split}.hashes"
+
+
+def sample_path(plan: Plan, number: int) -> Path:
+    """What a unit gives to the tokenizer's training: a JSON list of documents, each a list of texts."""
+    return plan.output / RECORDS / f"s-{number:05d}.json"
+
+
+def unit_is_done(plan: Plan, number: int) -> bool:
+    """Whether a unit's record fits the plan and its files are there in the sizes that it names."""
+    try:
+        record = json.loads(record_path(plan, number).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    if record["identity"] != plan.identity or plan.engine not in ("auto", record["engine"]):
+        return False
+    if record["ledger"]["skipped"] and not plan.read.skip_bad_rows:
+        return False
+    sizes = {hashes_path(plan, number, name): 8 * split["documents"] for name, split in record["splits"].items()}
+    for name, split in record["splits"].items():
+        for shard in split["shards"]:
+            base = plan.output / name / shard["name"]
+            sizes |= {base.with_suffix(f".{suffix}"): size for suffix, size in shard["bytes"].items()}
+            sizes[base.with_suffix(".sums")] = 8 * sum(-(-size // BLOCK_BYTES) for size in shard["bytes"].values())
+    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+
+
+def no_room(error: OSError, output: Path) -> OSError:
+    """The sentence for a disk that is full, or a limit of files' sizes; any other error as it is."""
+    if error.errno not in NO_ROOM:
+        return error
+    free = shutil.disk_usage(output).free
+    return OSError(
+        f"{output} cannot be written: {os.strerror(error.errno).lower()} ({free:,} bytes are free there): make room "
+        "and start the same command again; it keeps the units that are done"
+    )
+
+
+class UnitMaker:
+    """Makes units of one plan, one after another; opening takes seconds for the tokenizer."""
+
+    def __init__(self, plan: Plan) -> None:
+        # transformers takes seconds to import, and who only samples texts needs no tokenizer
+        from data_pipeline.tokenizer import load_tokenizer, vocabulary_size
+
+        self._plan = plan
+        tokenizer = load_tokenizer(plan.output / TOKENIZER)
+        self._header: dict[str, Any] = {
+            "vocabulary_size": vocabulary_size(tokenizer),
+            "special_ids": {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
+        }
+        self._encoder = _ChatEncoder(tokenizer) if plan.kind == "chat" else _TextEncoder(tokenizer, plan.engine)
+        self.engine: str = self._encoder.engine
+
+    def make(self, number: int, report: Report) -> None:
+        """Write the unit's shards, hashes and record.
+
+        Raises:
+            ValueError: bad input, named with its place.
+            OSError: the disk is full, or a file cannot be read.
+        """
+        plan = self._plan
+        for name in plan.splits:
+            for leftover in (plan.output / name).glob(f"u-{number:05d}-*.tmp"):
+                leftover.unlink(missing_ok=True)
+        splits: dict[str, _Split] = {}
+        try:
+            for name in plan.splits:
+                splits[name] = _Split(plan, number, name, self._header["vocabulary_size"], self._encoder)
+            record = self._fill(number, splits, report)
+            for name, split in splits.items():
+                record["splits"][name] = split.finish()
+                hashes = np.sort(np.array(split.hashes, dtype="<u8"))
+                write_file_atomically(hashes_path(plan, number, name), hashes.tobytes())
+            write_file_atomically(record_path(plan, number), json.dumps(record).encode())
+        finally:
+            for split in splits.values():
+                split.writer.abandon()
+
+    def _fill(self, number: int, splits: dict[str, "_Split"], report: Report) -> dict[str, Any]:
+        ledger = Ledger()
+        files = {part.file: [0, *[0] * len(splits)] for part in self._plan.units[number].parts}
+        places = {name: place for place, name in enumerate(splits, start=1)}
+        empty = 0
+        for file, document, content in _documents(self._plan, number, ledger, report):
+            counts = files[file]
+            counts[0] += 1
+            if not content:
+                empty += 1
+                continue
+            content_hash = xxhash.xxh3_64_intdigest(content, seed=self._plan.seed)
+            name = self._plan.split_of(file, content_hash)
+            try:
+                splits[name].add(document, content, content_hash)
+            except _UnusableConversation as error:
+                if not self._plan.read.skip_bad_rows:
+                    raise ValueError(f"{document.location}: {error}") from None
+                ledger.skip(self._plan.files[file], "conversation refused", f"{document.location}: {error}")
+                counts[0] -= 1
+                continue
+            counts[places[name]] += 1
+        return {
+            "identity": self._plan.identity,
+            "engine": self.engine,
+            "tokenizer": self._header,
+            "splits": {},
+            "files": [[file, *counts] for file, counts in files.items()],
+            "empty_documents": empty,
+            "ledger": asdict(ledger),
+        }
+
+
+def sample_unit(plan: Plan, number: int, report: Report) -> None:
+    """Write the unit's share of the texts that a tokenizer is trained on: those of the smallest content hashes."""
+    weights = plan.unit_weights(train_only=True)
+    sample = _Sample(plan.tokenizer_sample_bytes * weights[number] // sum(weights))
+    for file, document, content in _documents(plan, number, Ledger(), report):
+        content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
+        if content and plan.split_of(file, content_hash) == "train":
+            texts = [document.text]
+            if document.messages is not None:
+                texts = [message.get("content") or "" for message in document.messages]
+            sample.add(content_hash, texts)
+    write_file_atomically(sample_path(plan, number), orjson.dumps(sample.finish()))
+
+
+class _Sample:
+    """The documents of the smallest hashes, together ``size`` bytes; the last one is cut to fit."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: list[tuple[int, int, int, list[str]]] = []  # hash, place, bytes, texts
+        self._bytes = 0
+        self._limit = 2**64
+        self._seen = 0
+
+    def add(self, content_hash: int, texts: list[str]) -> None:
+        self._seen += 1
+        if content_hash > self._limit:
+            return
+        length = sum(len(text.encode()) for text in texts)
+        self._kept.append((content_hash, self._seen, length, texts))
+        self._bytes += length
+        if self._bytes > 2 * self._size + 2**20:
+            self._shrink()
+
+    def finish(self) -> list[list[str]]:
+        """In the order of the input."""
+        self._shrink()
+        if self._bytes > self._size:
+            content_hash, place, length, texts = self._kept.pop()
+            self._kept.append((content_hash, place, 0, _cut(texts, length - (self._bytes - self._size))))
+        return [texts for _, _, _, texts in sorted(self._kept, key=lambda entry: entry[1])]
+
+    def _shrink(self) -> None:
+        """Keep the smallest hashes up to and with the one that reaches the size."""
+        self._kept.sort()
+        total = 0
+        for index, (content_hash, _, length, _) in enumerate(self._kept):
+            total += length
+            if total >= self._size:
+                del self._kept[index + 1 :]
+                self._limit = content_hash
+                break
+        self._bytes = total
+
+
+def _cut(texts: list[str], size: int) -> list[str]:
+    """The first ``size`` bytes of the texts, not ending inside a character."""
+    kept = []
+    for text in texts:
+        content = text.encode()[:size]
+        kept.append(content.decode(errors="ignore"))
+        size -= len(content)
+    return kept
+
+
+def _documents(plan: Plan, number: int, ledger: Ledger, report: Report) -> Iterator[tuple[int, Document, bytes]]:
+    """(index of the file, document, what makes it the same as another) of a unit; empty documents have no content."""
+    parts = plan.units[number].parts
+    for index, part in enumerate(parts):
+        file = plan.files[part.file]
+        by_bytes = file.container == "jsonl" and part.end > 1
+        begin, size = (part.begin, part.end - part.begin) if by_bytes else (0, max(1, file.bytes))
+        for count, document in enumerate(read_documents(file, plan.read, part, ledger)):
+            if count % 256 == 0:
+                report((index + min(1.0, max(0.0, (document.bytes_read - begin) / size))) / len(parts))
+            yield part.file, document, _content(document)
+
+
+def _content(document: Document) -> bytes:
+    if document.ids is not None:
+        return document.ids.astype("<u4").tobytes()
+    if document.messages is None:
+        return document.text.encode()
+    turns: list[Any] = []
+    for message in document.messages:
+        rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+        turns.append([message["role"], message.get("content"), *([rest] if rest else [])])
+    if document.tools:
+        turns.append(document.tools)
+    return json.dumps(turns, ensure_ascii=False, sort_keys=True).encode()
+
+
+class _Split:
+    """One split of the unit: what waits to be encoded, the writer, and what is counted."""
+
+    def __init__(self, plan: Plan, number: int, name: str, vocabulary: int, encoder: "_TextEncoder | _ChatEncoder"):
+        self.writer = UnitWriter(plan.output / name, kind=plan.kind, vocabulary_size=vocabulary, unit=number)
+        self.hashes = array("Q")  # 8 bytes a document, where a list would take 40
+        self._encoder = encoder
+        self._batch_documents = BATCH_DOCUMENTS if plan.kind == "text" else 1
+        self._batch: list[Document] = []
+        self._characters = 0
+        self._text_bytes: int | None = 0
+
+    def add(self, document: Document, content: bytes, content_hash: int) -> None:
+        if self._batch and (self._batch[0].ids is None) != (document.ids is None):
+            self._flush()
+        self._batch.append(document)
+        self._characters += len(document.text)
+        if self._characters >= BATCH_CHARACTERS or len(self._batch) >= self._batch_documents:
+            self._flush()
+        self.hashes.append(content_hash)
+        if document.ids is None:
+            size = len(content)
+            if document.messages is not None:
+                size = sum(len((message.get("content") or "").encode()) for message in document.messages)
+            self._count_text(size)
+
+    def finish(self) -> dict[str, Any]:
+        """The split's part of the unit's record."""
+        self._flush()
+        return {
+            "shards": self.writer.finish(),
+            "documents": self.writer.documents,
+            "tokens": self.writer.tokens,
+            "text_bytes": self._text_bytes,
+            "longest_document_tokens": self.writer.longest_document_tokens,
+        }
+
+    def _flush(self) -> None:
+        batch, self._batch, self._characters = self._batch, [], 0
+        if not batch:
+            return
+        encoded = self._encoder.encode(batch)
+        self.writer.add_documents(encoded.tokens, encoded.lengths, encoded.mask)
+        if batch[0].ids is not None:
+            self._count_text(encoded.text_bytes)
+
+    def _count_text(self, size: int | None) -> None:
+        self._text_bytes = None if size is None or self._text_bytes is None else self._text_bytes + size
+
+
+class _Encoded(NamedTuple):
+    tokens: np.ndarray  # ids of all documents one after another
+    lengths: np.ndarray
+    mask: np.ndarray | None
+    text_bytes: int | None  # of documents that came as ids; None where the tokenizer does not tell
+
+
+class _UnusableConversation(Exception):
+    """Says what is wrong with a conversation."""
+
+
+class _TextEncoder:
+    """Texts to framed ids in batches; ids that a source brought are taken as they are, with an end token."""
+
+    def __init__(self, tokenizer: Any, engine: str) -> None:
+        from data_pipeline.engines import open_engine
+        from data_pipeline.tokenizer import document_frame
+
+        self._tokenizer = tokenizer
+        self._engine = open_engine(tokenizer, engine)
+        self.engine: str = self._engine.name
+        self._before, self._behind = (np.array(ids, dtype=np.int64) for ids in document_frame(tokenizer))
+        self._end = tokenizer.eos_token_id
+
+    @functools.cached_property
+    def _byte_lengths(self) -> np.ndarray | None:
+        from data_pipeline.tokenizer import token_byte_lengths
+
+        return token_byte_lengths(self._tokenizer)
+
+    def encode(self, batch: list[Document]) -> _Encoded:
+        if batch[0].ids is not None:
+            return self._take(batch)
+        flat, lengths = self._engine.encode([document.text for document in batch])
+        return _Encoded(*self._framed(flat, lengths), None, None)
+
+    def _framed(self, flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        before, behind = self._before, self._behind
+        framed = lengths + (before.size + behind.size)
+        ends = np.cumsum(framed)
+        out = np.empty(int(ends[-1]), dtype=flat.dtype)
+        body = np.ones(out.size, dtype=bool)
+        for offset, token in enumerate(before):
+            out[ends - framed + offset] = token
+            body[ends - framed + offset] = False
+        for offset, token in enumerate(behind, start=-behind.size):
+            out[ends + offset] = token
+            body[ends + offset] = False
+        out[body] = flat
+        return out, framed
+
+    def _take(self, batch: list[Document]) -> _Encoded:
+        arrays: list[np.ndarray] = []
+        for document in batch:
+            assert document.ids is not None
+            ended = document.ids[-1] == self._end
+            arrays.append(document.ids if ended else np.append(document.ids, self._end))
+        tokens = np.concatenate(arrays)
+        known = self._byte_lengths
+        within = known is not None and int(tokens.min()) >= 0 and int(tokens.max()) < known.size
+        text_bytes = int(known[tokens].sum()) if known is not None and within else None
+        return _Encoded(tokens, np.array([array.size for array in arrays]), None, text_bytes)
+
+
+class _ChatEncoder:
+    """One conversation at a time, through the tokenizer's chat template."""
+
+    engine = "huggingface"
+
+    def __init__(self, tokenizer: Any) -> None:
+        from data_pipeline.chat import ChatRenderer
+
+        self._renderer = ChatRenderer(tokenizer)
+
+    def encode(self, batch: list[Document]) -> _Encoded:
+        [document] = batch
+        try:
+            ids, mask = self._renderer.render(document.messages or [], document.tools)
+        except ValueError as error:
+            raise _UnusableConversation(str(error)) from None
+        return _Encoded(np.array(ids), np.array([len(ids)]), np.array(mask, dtype=bool), None)

@@ -1,0 +1,66 @@
+"""Full checks of prepared data: every byte against its checksum."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data_pipeline.prepare import REPORT_NAME
+from data_pipeline.token_shards import MANIFEST_NAME, TokenShards, rebuild_hint
+from data_pipeline.tokenizer import tokenizer_fingerprint
+from data_pipeline.units import TOKENIZER
+
+
+def holds_prepared_data(directory: Path) -> bool:
+    """Whether this is an output of ``prepare`` or one of its splits, whole or damaged."""
+    return (directory / REPORT_NAME).is_file() or any(directory.glob("u-*.bin")) or any(directory.glob("u-*.sums"))
+
+
+def verify_data(directory: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Read an output of ``prepare``, or one split of it, and compare all of it with the checksums.
+
+    Args:
+        directory: the output, with its report, or a split, with its manifest.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        ``kind`` ("prepared data" or "token shards") and of each split ``documents``, ``tokens`` and ``bytes``.
+
+    Raises:
+        FileNotFoundError, ValueError: the first missing or damaged file, its block, and the command that rebuilds it.
+    """
+    if not (directory / REPORT_NAME).is_file():
+        return {"kind": "token shards", "splits": _verify([TokenShards(directory)], progress)}
+    try:
+        report = orjson.loads((directory / REPORT_NAME).read_bytes())
+        fingerprints = {name: split["fingerprint"] for name, split in report["splits"].items()}
+        sha256 = report["tokenizer"]["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{directory / REPORT_NAME} is damaged: {rebuild_hint(directory / 'train')}") from None
+    splits = [TokenShards(directory / name) for name in fingerprints]
+    for shards, fingerprint in zip(splits, fingerprints.values(), strict=True):
+        if shards.fingerprint != fingerprint:
+            raise ValueError(
+                f"{shards.directory / MANIFEST_NAME} is not the one that {directory / REPORT_NAME} describes: "
+                f"{rebuild_hint(shards.directory)}"
+            )
+    if tokenizer_fingerprint(directory / TOKENIZER) != sha256:
+        raise ValueError(
+            f"{directory / TOKENIZER / 'tokenizer.json'} is not the tokenizer that made the data: it was changed or "
+            f"damaged; {rebuild_hint(directory / 'train')}"
+        )
+    return {"kind": "prepared data", "splits": _verify(splits, progress)}
+
+
+def _verify(splits: list[TokenShards], progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+    sizes = [sum(sum(entry["bytes"].values()) for entry in shards.manifest["shards"]) for shards in splits]
+    for index, shards in enumerate(splits):
+        before = sum(sizes[:index])
+        shards.check_all(
+            None if progress is None else lambda done, _, before=before: progress(before + done, sum(sizes))  # type: ignore[misc]
+        )
+    return {
+        shards.split: {"documents": shards.documents, "tokens": shards.tokens, "bytes": size}
+        for shards, size in zip(splits, sizes, strict=True)
+    }

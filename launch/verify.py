@@ -1,0 +1,74 @@
+"""`trainyard verify`: which kind of folder this is, and that kind's full check."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[int, int], None]
+
+
+def verify(directory: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Read everything in a folder that Trainyard wrote and compare it with the checksums.
+
+    Args:
+        directory: prepared data or one split of it, a checkpoint, a run directory (all its checkpoints) or an export.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        ``kind``, and what was found whole.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, none of these kinds, or the first damaged file and its block.
+    """
+    from data_pipeline.verify import holds_prepared_data, verify_data
+
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no folder {directory}")
+    if holds_prepared_data(directory):
+        return verify_data(directory, progress)
+    if (directory / "checksums.json").is_file():
+        return {"kind": "export", "files": _verify_export(directory, progress)}
+    if (directory / "checkpoints").is_dir():
+        from gpt.checkpoint.format import checkpoint_directory, list_checkpoints
+
+        steps = list_checkpoints(directory)
+        if not steps:
+            raise ValueError(f"{directory} is a run without a committed checkpoint: there is nothing to verify")
+        _verify_checkpoints([checkpoint_directory(directory, step) for step in steps], progress)
+        return {"kind": "run", "checkpoints": steps}
+    if any(directory.glob("rank_*.safetensors")) or (directory / "manifest.json").is_file():
+        return {"kind": "checkpoint", "files": _verify_checkpoints([directory], progress)}
+    raise ValueError(f"{directory} is neither prepared data nor a checkpoint, a run or an export: nothing to verify")
+
+
+def _verify_checkpoints(directories: list[Path], progress: Progress | None) -> int:
+    """Check checkpoints in order; how many files they have."""
+    from gpt.checkpoint.read import CheckpointReader
+
+    readers = [CheckpointReader(directory) for directory in directories]
+    sizes = [sum(entry.size_bytes for entry in reader.manifest.files.values()) for reader in readers]
+    for index, reader in enumerate(readers):
+        reader.verify()
+        if progress is not None:
+            progress(sum(sizes[: index + 1]), sum(sizes))
+    return sum(len(reader.manifest.files) for reader in readers)
+
+
+def _verify_export(directory: Path, progress: Progress | None) -> int:
+    from gpt.checkpoint.files import VerifiedFile
+    from gpt.checkpoint.format import FileEntry
+
+    path = directory / "checksums.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))["files"]
+        entries = {name: FileEntry.model_validate(entry) for name, entry in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: export the run again into another folder") from None
+    done = 0
+    for name, entry in entries.items():
+        VerifiedFile(directory / name, entry).verify()
+        done += entry.size_bytes
+        if progress is not None:
+            progress(done, sum(entry.size_bytes for entry in entries.values()))
+    return len(entries)
