@@ -7,6 +7,7 @@ dictionaries, which are one large file, about 8 KB. Paragraphs that a package re
 dropped: an engine with a cache would look faster than it is.
 """
 
+import contextlib
 import gzip
 import hashlib
 import html
@@ -41,6 +42,7 @@ SUFFIXES = (".html", ".htm", ".txt", ".rst", ".md", ".pod", ".dict.dz")
 HTML_DROPPED = re.compile(r"<(script|style|head|nav)\b.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 HTML_BLOCK = re.compile(r"</?(p|div|h[1-6]|li|ul|ol|table|tr|pre|dl|dt|dd|section|br|hr)\b[^>]*>", re.IGNORECASE)
 HTML_TAG = re.compile(r"<[a-zA-Z/!][^>]*>")
+DECLARED_ENCODING = re.compile(rb"charset=[\"']?([\w-]+)")
 BLANK_LINES = re.compile(r"\n\s*\n")
 
 
@@ -109,13 +111,22 @@ def documents_of(folder: Path) -> Iterator[str]:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-        text = data.decode("utf-8", errors="replace")
+        text = decoded(data)
         if page:
             text = html_text(text)
         for piece in entries(text) if name.endswith(".dict.dz") else [text]:
             paragraphs = [paragraph for paragraph in BLANK_LINES.split(piece) if is_new(paragraph, seen)]
             if paragraphs:
                 yield "\n\n".join(paragraphs)
+
+
+def decoded(data: bytes) -> str:
+    """UTF-8, else the encoding that a page declares, else Latin-1, which old files are in."""
+    declared = DECLARED_ENCODING.search(data)
+    for encoding in ("utf-8", *([declared[1].decode()] if declared else [])):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            return data.decode(encoding)
+    return data.decode("latin-1")
 
 
 def is_new(paragraph: str, seen: set[bytes]) -> bool:
