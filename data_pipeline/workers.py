@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from data_pipeline.plan import Plan
 from data_pipeline.units import UnitMaker, no_room, sample_unit
 
 DEATHS_IN_A_ROW = 4
+REPORT_SECONDS = 0.2
 # the workers share the cores between them; a pool of threads in each would make them fight. What the user set stays.
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
@@ -163,6 +165,20 @@ def _raised(kind: str, message: str, trace: str) -> BaseException:
     return kinds[kind](message) if kind in kinds else RuntimeError(f"a worker of prepare failed:\n{trace}")
 
 
+class _Reporter:
+    """Sends the progress of a unit, seldom enough for one parent to listen to hundreds of workers."""
+
+    def __init__(self, connection: Connection, number: int) -> None:
+        self._connection = connection
+        self._number = number
+        self._last = time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        if time.monotonic() - self._last >= REPORT_SECONDS:
+            self._last = time.monotonic()
+            self._connection.send(("progress", self._number, share))
+
+
 def _serve(connection: Connection) -> None:
     """The worker's side: units in, progress and results out, until the line closes."""
     plan, sample = pickle.load(sys.stdin.buffer)
@@ -181,7 +197,7 @@ def _serve(connection: Connection) -> None:
         connection.send(("ready",))
         while True:
             number = units.get()
-            _do(plan, maker, number, lambda share, number=number: connection.send(("progress", number, share)))  # type: ignore[misc]
+            _do(plan, maker, number, _Reporter(connection, number))
             connection.send(("done", "" if maker is None else maker.engine))
     except Exception as failure:
         error = no_room(failure, plan.output) if isinstance(failure, OSError) else failure

@@ -286,7 +286,7 @@ def test_a_unit_that_kills_its_worker_ends_the_command(
     message = str(caught.value)
     assert "the worker on unit 3 (" in message and "large.jsonl" in message
     assert "4 times in a row with signal 9 (SIGKILL)" in message and "fewer --workers" in message
-    assert _records(tmp_path / "out") > 3
+    assert _records(tmp_path / "out") > 0  # the others stay
 
 
 @pytest.mark.parametrize("workers_count", [1, pytest.param(2, marks=pytest.mark.full)])
