@@ -82,7 +82,7 @@ def main() -> None:
                 print(f"{key[0]}, {source}: {run['seconds']:.1f} s, CPU {run['cpu_seconds']:.1f} s", flush=True)
     same = same_shards(work / "ours-fast-engine-part", work / "ours-huggingface-part")
     for result in results:
-        summarize(result)
+        summarize(result, results)
     tokens = {result["tokens"] for result in results if result["input"] == "part"}
     facts |= {"results": results, "same_tokens": len(tokens) == 1, "same_shards": same, "targets": judge(results)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def timed(command: list[str], output: Path, core: int) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 3),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
-        "peak_memory_bytes": max(peak[0], usage.ru_maxrss * 1024),
+        "peak_memory_bytes": peak[0],  # not ru_maxrss, which begins with the memory of this process
     }
 
 
@@ -215,11 +215,12 @@ def same_shards(one: Path, other: Path) -> bool:
     return not any(filecmp.cmpfiles(one / "train", other / "train", names, shallow=False)[1:])
 
 
-def summarize(result: dict[str, Any]) -> None:
-    """The best run less the best start: what else the machine does only ever adds."""
+def summarize(result: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """The contender's best run less its best start: what else the machine does only ever adds."""
+    starts = [run for other in results if other["contender"] == result["contender"] for run in other["start_runs"]]
     for clock in ("seconds", "cpu_seconds"):
         whole = min(run[clock] for run in result["runs"])
-        start = min(run[clock] for run in result["start_runs"])
+        start = min(run[clock] for run in starts)
         result[clock], result[f"start_{clock}"] = whole, start
         result["mb_per_" + clock.removesuffix("s")] = round(result["text_bytes"] / 1e6 / (whole - start), 2)
     result["tokens"] = result["runs"][0]["tokens"]
