@@ -51,3 +51,18 @@ def test_checkpoint_goes_on_at_another_world_size(reference: Runs) -> None:
         for step, record in reference.metrics("elastic").items():
             assert record["sample_digest"] == expected[step]["sample_digest"]
             assert record["train/loss"] == pytest.approx(expected[step]["train/loss"], abs=TOLERANCE), f"step {step}"
+
+
+def test_killed_on_2_ranks_and_gone_on_with_1_sees_the_same_samples(reference: Runs) -> None:
+    """SIGKILL, then another number of ranks and of threads that read ahead: no sample is lost or comes twice."""
+    live = reference.start("killed-elastic")
+    live.wait_until(lambda: live.last_step() > 10)
+    live.kill()
+    data = {"train": [{"path": "data/train"}], "validation": "data/validation", "sequence_length": 64, "workers": 3}
+    done = reference.train("killed-elastic", processes=1, data=data)
+    assert "resumed at step 10, written by 2 ranks" in done.stdout
+    assert "isolation of documents" in done.stdout and "of the one behind it by 0 " in done.stdout
+    digests = {step: record["sample_digest"] for step, record in reference.metrics("killed-elastic").items()}
+    expected = {step: record["sample_digest"] for step, record in reference.metrics("reference").items()}
+    assert digests == expected
+    assert len(set(digests.values())) == 20
