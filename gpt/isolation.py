@@ -57,17 +57,16 @@ def check_isolation(
     a = min(DOCUMENT_TOKENS, (sequence_length - 2) // 2)
     if a < 3:
         return None
-    b = a + 2
     random = torch.Generator().manual_seed(0)
-    first, other, second = torch.randint(vocabulary_size, (3, b), generator=random)
-    first = first[:a]
+    first, other, second = torch.randint(vocabulary_size, (3, a + 2), generator=random)
+    first, b = first[:a], a + 2
     changed = torch.cat([other[: a // 2], first[a // 2 :]])
 
     def logits(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """Logits [tokens, vocabulary] of a row of two documents; the other rows have their boundary elsewhere."""
-        ids = torch.stack([torch.cat([before, after])] + [torch.cat([second, first])] * (rows - 1))
-        lengths = [(len(before), len(after))] + [(b, a)] * (rows - 1)
-        positions = torch.stack([torch.cat([torch.arange(n) for n in pair]) for pair in lengths])
+        pairs = [(before, after)] + [(second, first)] * (rows - 1)
+        ids = torch.stack([torch.cat(pair) for pair in pairs])
+        positions = torch.stack([torch.cat([torch.arange(len(document)) for document in pair]) for pair in pairs])
         return forward(ids.to(device), positions.to(device))[0].float()
 
     try:

@@ -237,9 +237,8 @@ def _run_claimed(
         first_step=resumed + 1,
         restarts=generation - 1,
     )
-    if resumed < plan.schedule.total_steps:
-        _check_isolation(plan, trainer)
-    elif owner is not None:
+    _check_isolation(plan, trainer)
+    if owner is not None and resumed >= plan.schedule.total_steps:
         print(f"nothing is left to do: the run ended at step {resumed}", flush=True)
     trainer.fit()
     if owner is not None and metrics is not None:

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from data_pipeline.chat import ChatRenderer
+from data_pipeline.shard_writer import UnitWriter, write_manifest
 from data_pipeline.stream import TrainingStream
-from data_pipeline.token_shards import ShardWriter
 from data_pipeline.tokenizer import train_tokenizer, vocabulary_size
 from gpt.batch import micro_batches
 from gpt.loss import cross_entropy_sum, loss_for_backward
@@ -51,18 +51,20 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Conversatio
     conversations = [renderer.render(_conversation(number)) for number in range(len(TURNS))]
     assert len({len(ids) for ids, _ in conversations}) == len(TURNS)
     folder: Path = tmp_path_factory.mktemp("packed") / "train"
-    writer = ShardWriter(
-        folder,
-        kind="chat",
-        tokenizer_sha256=hashlib.sha256(b"of this test").hexdigest(),
-        vocabulary_size=vocabulary_size(tokenizer),
-        special_ids={"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
-        split="train",
-    )
+    vocabulary = vocabulary_size(tokenizer)
+    writer = UnitWriter(folder, kind="chat", vocabulary_size=vocabulary)
     for ids, mask in conversations:
         writer.add_document(ids, mask)
-    count = len(conversations)
-    writer.finish([{"source": "made", "bytes": 1, "documents_in": count, "documents_kept": count}])
+    write_manifest(
+        folder,
+        kind="chat",
+        split="train",
+        tokenizer_sha256=hashlib.sha256(b"of this test").hexdigest(),
+        vocabulary_size=vocabulary,
+        special_ids={"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
+        shards=writer.finish(),
+        units=[],
+    )
     return conversations, TrainingStream([(folder, 1.0)], SEQUENCE_TOKENS, seed=3)
 
 

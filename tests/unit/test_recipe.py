@@ -99,7 +99,10 @@ def test_bad_values_are_named_with_their_field(field: str, value: Any, said: str
         ([{"until_tokens": 100, "weights": [1, 0]}, {"weights": [1, 1]}], "of 256 tokens: use 256"),
         ([{"until_tokens": 512, "weights": [1, 0]}] * 2 + [{"weights": [1, 1]}], "must grow from stage to stage"),
         ([{"until_tokens": 512, "weights": [1, -1]}, {"weights": [1, 1]}], "data.stages.0.weights.1"),
-        ([{"until_token": 512, "weights": [1, 1]}], "data.stages.0.until_token: did you mean until_tokens?"),
+        (
+            [{"until_token": 512, "weights": [1, 1]}],
+            "unknown key data.stages.0.until_token: did you mean until_tokens?",
+        ),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(stages: list[dict[str, Any]], said: str) -> None:
