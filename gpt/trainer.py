@@ -75,7 +75,9 @@ class BatchSource:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class StepBatch:
+    """One optimizer step's data on this rank, and what all ranks know of it."""
+
     forwards: list[MicroBatch]
     target_tokens: int
     """Of the whole global batch."""
@@ -128,7 +130,7 @@ class Trainer:
         """
         for step in range(self.first_step, self.schedule.total_steps + 1):
             self._phase(f"step {step}")
-            batch = self._take(step)
+            batch = self.take(step)
             if batch.stop:
                 self._stop(step - 1)
                 break
@@ -148,14 +150,14 @@ class Trainer:
                 self._save(step, greedy)
         self.batches.close()
 
-    def _take(self, step: int) -> "_Batch":
+    def take(self, step: int) -> "StepBatch":
         """This rank's part of a global batch, and what all ranks must know of it, in one collective."""
         started = time.perf_counter()
         forwards = self.batches.take(step)
         waited = time.perf_counter() - started
         mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested()]
         everyone = distributed.gather_floats(mine, self.ranks)
-        return _Batch(forwards, int(everyone[:, 0].sum()), bool(everyone[:, 1].any()), started, waited)
+        return StepBatch(forwards, int(everyone[:, 0].sum()), bool(everyone[:, 1].any()), started, waited)
 
     def _stop(self, step: int) -> None:
         """Leave after `step`, which is saved unless it already is."""
@@ -166,7 +168,7 @@ class Trainer:
             self._phase(f"checkpoint at step {step}")
             self._save(step, None)
 
-    def train_step(self, step: int, batch: "_Batch") -> Record:
+    def train_step(self, step: int, batch: "StepBatch") -> Record:
         """One optimizer step; returns the step's record (complete on rank 0 only)."""
         started, busy = batch.started, time.process_time()
         forwards, target_tokens = batch.forwards, batch.target_tokens

@@ -99,9 +99,10 @@ def main(out: Path, micro_batch_sequences: int) -> None:
         schedule=Schedule(recipe.optimizer, STEPS),
         evaluate=None,
         save=lambda *_: None,  # type: ignore[arg-type,return-value]
+        stop_requested=lambda: False,
     )
     for step in range(1, STEPS + 1):
-        record = trainer.train_step(step)
+        record = trainer.train_step(step, trainer.take(step))
         result["loss"].append(record.get("train/loss"))
         result["norm"].append(record.get("train/gradient_norm"))
         result["weights"].append(weights())
