@@ -92,6 +92,8 @@ class UnitMaker:
         }
         self._encoder = _ChatEncoder(tokenizer) if plan.kind == "chat" else _TextEncoder(tokenizer, plan.engine)
         self.engine: str = self._encoder.engine
+        self.remarks: str = "; ".join([self.engine, *self._encoder.remarks])
+        """For people: the engine, and what they should know of it or of the chat template."""
 
     def make(self, number: int, report: Report) -> None:
         """Write the unit's shards, hashes and record.
@@ -313,6 +315,7 @@ class _TextEncoder:
         self._tokenizer = tokenizer
         self._engine = open_engine(tokenizer, engine)
         self.engine: str = self._engine.name
+        self.remarks = self._engine.passed_over
         self._before, self._behind = (np.array(ids, dtype=np.int64) for ids in document_frame(tokenizer))
         self._end = tokenizer.eos_token_id
 
@@ -365,6 +368,7 @@ class _ChatEncoder:
         from data_pipeline.chat import ChatRenderer
 
         self._renderer = ChatRenderer(tokenizer)
+        self.remarks = self._renderer.remarks
 
     def encode(self, batch: list[Document]) -> _Encoded:
         [document] = batch

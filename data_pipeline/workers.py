@@ -34,7 +34,7 @@ UnitProgress = Callable[[int, float], None]  # number of a unit, the share of it
 
 
 def run_units(plan: Plan, numbers: Sequence[int], workers: int, progress: UnitProgress, *, sample: bool = False) -> str:
-    """Make units (with ``sample``: sample their texts for a tokenizer) and return the name of the engine.
+    """Make units (with ``sample``: sample their texts for a tokenizer) and return the engine, with remarks for people.
 
     One worker is this process itself.
 
@@ -49,7 +49,7 @@ def run_units(plan: Plan, numbers: Sequence[int], workers: int, progress: UnitPr
     for number in numbers:
         _do(plan, maker, number, lambda share, number=number: progress(number, share))  # type: ignore[misc]
         progress(number, 1.0)
-    return "" if maker is None else maker.engine
+    return "" if maker is None else maker.remarks
 
 
 def _do(plan: Plan, maker: UnitMaker | None, number: int, report: Callable[[float], None]) -> None:
@@ -198,7 +198,7 @@ def _serve(connection: Connection) -> None:
         while True:
             number = units.get()
             _do(plan, maker, number, _Reporter(connection, number))
-            connection.send(("done", "" if maker is None else maker.engine))
+            connection.send(("done", "" if maker is None else maker.remarks))
     except Exception as failure:
         error = no_room(failure, plan.output) if isinstance(failure, OSError) else failure
         kind = next((k.__name__ for k in (ValueError, OSError) if isinstance(error, k)), "")

@@ -72,15 +72,12 @@ def check_isolation(
     try:
         behind, behind_changed, ahead = logits(first, second), logits(changed, second), logits(second, first)
     except TypeError as error:
-        raise ValueError(
-            f"{model} takes no position ids ({error}), so documents that share a row cannot be kept apart: use another "
-            f"model type"
-        ) from error
+        sentence = f"{model} takes no position ids ({error}), so documents that share a row cannot be kept apart"
+        raise ValueError(f"{sentence}: use another model type") from error
     context = _differences(behind[a // 2 : a], behind_changed[a // 2 : a])
     if float(context.max()) == 0:
         return "isolation of documents: not shown, because the logits do not depend on earlier tokens yet"
-    leak = _differences(behind[a:], behind_changed[a:])
-    shift = _differences(behind[a:], ahead[:b])
+    leak, shift = _differences(behind[a:], behind_changed[a:]), _differences(behind[a:], ahead[:b])
     allowed = min(ROUNDING[dtype], SHARE_OF_CONTEXT * float(context.median()))
     line = (
         f"an exchange of tokens changes the logits of their own document by {float(context.median()):.2g}, of the one "

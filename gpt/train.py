@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import yaml
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_pipeline.mixture import Stage
 from data_pipeline.stream import TrainingStream, ValidationStream
@@ -185,7 +185,7 @@ def _run_claimed(
     from gpt import distributed
     from gpt.checkpoint.write import remove_leftovers
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import DTYPES, CompiledLayers, build_model, checkpoint_gradients, count_parameters, decoder_layers
+    from gpt.model import DTYPES, count_parameters
     from gpt.optimizer import build_optimizer
     from gpt.resume import Saver, resume
     from gpt.trainer import BatchSource, Trainer
@@ -197,25 +197,17 @@ def _run_claimed(
         remove_leftovers(owner.path)
         _describe_run(plan, owner, ranks.world_size)
     keep_alive = distributed.zero_config(plan.deepspeed)
-    model = build_model(recipe.model, plan.config, recipe.precision, recipe.train.seed, keep_alive)
-    layers = decoder_layers(model)
-    distributed.mark_leaf_modules(model, layers)
-    if recipe.gradient_checkpointing is not None:
-        checkpoint_gradients(model, recipe.gradient_checkpointing.every_layers)
-    compiled = recipe.compile is True or (recipe.compile == "auto" and ranks.device.type == "cuda")
-    uncompiled = CompiledLayers(model).plain if compiled else nullcontext
+    model, layers, uncompiled = _build_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
     parameters, matrix_parameters = count_parameters(model)
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
     torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
-    saver = Saver(plan, state, tied_names(model), generation)
     resumed = resume(plan, engine, state, ranks, owner)
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
     metrics = None
     if owner is not None:
         metrics = _open_metrics(plan, owner, resumed)
-        kind = f"{type(model).__name__}, {recipe.precision}"
-        print(f"model: {parameters:,} parameters, {kind}, from step {resumed}", flush=True)
+        print(f"model: {parameters:,} parameters, {type(model).__name__}, {recipe.precision}, from step {resumed}")
     trainer = Trainer(
         recipe=recipe,
         run=recipe.run_directory(),
@@ -227,11 +219,11 @@ def _run_claimed(
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
-        save=saver,
+        save=Saver(plan, state, tied_names(model), generation),
         stop_requested=stop_requested,
         uncompiled=uncompiled,
         flops_per_token=flops_per_token(
-            matrix_parameters, len(layers), plan.config.get_text_config().hidden_size, recipe.data.sequence_length
+            matrix_parameters, layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
         ),
         peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
         first_step=resumed + 1,
@@ -239,13 +231,28 @@ def _run_claimed(
     )
     _check_isolation(plan, trainer)
     if owner is not None and resumed >= plan.schedule.total_steps:
-        print(f"nothing is left to do: the run ended at step {resumed}", flush=True)
+        print(f"nothing is left to do: the run ended at step {resumed}")
     trainer.fit()
     if owner is not None and metrics is not None:
         metrics.close()
         if trainer.stopped_at is None:
             owner.write_event("end", step=plan.schedule.total_steps)
     return trainer.stopped_at
+
+
+def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple[PreTrainedModel, int, Callable[[], Any]]:
+    """The model as the recipe wants it, its number of decoder layers, and what switches compiled layers off."""
+    from gpt import distributed
+    from gpt.model import CompiledLayers, build_model, checkpoint_gradients, decoder_layers
+
+    recipe = plan.recipe
+    model = build_model(recipe.model, plan.config, recipe.precision, recipe.train.seed, zero)
+    layers = decoder_layers(model)
+    distributed.mark_leaf_modules(model, layers)
+    if recipe.gradient_checkpointing is not None:
+        checkpoint_gradients(model, recipe.gradient_checkpointing.every_layers)
+    compiled = recipe.compile is True or (recipe.compile == "auto" and on_gpu)
+    return model, len(layers), CompiledLayers(model).plain if compiled else nullcontext
 
 
 def _check_isolation(plan: RunPlan, trainer: Any) -> None:
