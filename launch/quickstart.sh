@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story on this machine: raw text -> tokenizer and token shards -> pretraining on 2 processes with ZeRO-3 ->
-# fine-tuning on chat -> evaluation -> export -> three answers. About 5 minutes on 2 cores after the installation.
+# fine-tuning on chat -> evaluation -> export -> three answers. 5 to 6 minutes on 2 cores after the installation.
 # A second call reuses the environment and the prepared data, and trains anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,10 +24,10 @@ chat=data_pipeline/embedded/chat/english
   --input $chat/greetings.jsonl --input $chat/humor.jsonl --input $chat/psychology.jsonl --format chat \
   --tokenizer data/quickstart/shakespeare/tokenizer --validation-fraction 0.05 --out data/quickstart/chat
 
-say "Pretrain on Shakespeare (about 2 minutes)"
+say "Pretrain on Shakespeare (3 to 4 minutes)"
 "$trainyard" train launch/recipes/quickstart_pretrain.yaml --processes 2
 
-say "Fine-tune on the conversations (about 1 minute)"
+say "Fine-tune on the conversations (1 to 2 minutes)"
 "$trainyard" train launch/recipes/quickstart_chat.yaml --processes 2
 
 say "Evaluate the pretrained model on the two kept plays"
