@@ -5,6 +5,7 @@ that it can be equal for, and when it gives the oracle's ids for a set of diffic
 compared; texts on which engines are known to differ (``_contested``) are left to the oracle.
 """
 
+import abc
 import importlib
 import json
 import re
@@ -64,7 +65,7 @@ class Engine:
         return _flatten([entry.ids for entry in self.oracle.encode_batch_fast(list(texts), add_special_tokens=False)])
 
 
-class _ComparedEngine(Engine):
+class _ComparedEngine(Engine, abc.ABC):
     """What fast engines share: refusal of tokenizers, the proof at opening, samples, texts left to the oracle."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -83,11 +84,13 @@ class _ComparedEngine(Engine):
         self._load()
         self._prove(difficult_texts([*special_token_texts(tokenizer), *(token["content"] for token in added)]))
 
+    @abc.abstractmethod
     def _load(self) -> None:
-        raise NotImplementedError
+        """Make the engine anew, its cache empty."""
 
+    @abc.abstractmethod
     def _encode_fast(self, texts: list[str]) -> Ids:
-        raise NotImplementedError
+        """Ids and lengths of texts of which none is contested."""
 
     def encode(self, texts: Sequence[str]) -> Ids:
         """As the oracle does it.

@@ -2,6 +2,7 @@
 
 Exit codes: 0 done, 1 refused or failed with one sentence, 2 wrong arguments, 85 stopped on request, to be continued,
 128 + n ended by signal n.
+A command's parameters are its options, so `prepare` has more than 60 lines.
 Modules of the project are imported inside the commands, because torch alone takes longer than `--help` should.
 """
 
