@@ -401,10 +401,3 @@ def _json(value: Any) -> str:
 def _plain(text: str) -> str:
     """As tokenizers may give a text back (Qwen's normalise to NFC), without the white space that templates trim."""
     return unicodedata.normalize("NFC", text).strip()
-
-
-def render(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
-) -> tuple[list[int], list[bool]]:
-    """Render one conversation (``[{"role", "content"}, ...]``); for many, keep a ``ChatRenderer``."""
-    return ChatRenderer(tokenizer).render(messages, tools)

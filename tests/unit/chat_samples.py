@@ -5,6 +5,8 @@ from typing import Any
 
 from data_samples import CONVERSATION, EMBEDDED
 
+from data_pipeline.chat import ChatRenderer
+
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
 """Messages and tools."""
 
@@ -123,3 +125,8 @@ def embedded_conversations(every: int = 20) -> list[list[dict[str, str]]]:
     files = sorted((EMBEDDED / "chat" / "english").glob("*.jsonl"))
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [json.loads(line)["messages"] for line in lines[::every]]
+
+
+def render(tokenizer: Any, messages: Any, tools: Any = None) -> tuple[list[int], list[bool]]:
+    """One conversation by a renderer of its own."""
+    return ChatRenderer(tokenizer).render(messages, tools)

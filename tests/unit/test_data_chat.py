@@ -16,6 +16,7 @@ from chat_samples import (
     assistant,
     calls,
     embedded_conversations,
+    render,
     tool,
     user,
 )
@@ -23,7 +24,7 @@ from data_samples import CONVERSATION, small_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.chat import FIXED_DATE, ChatRenderer, render
+from data_pipeline.chat import FIXED_DATE, ChatRenderer
 from data_pipeline.tokenizer import CHAT_TEMPLATE
 
 TEMPLATES = Path(__file__).with_name("chat_templates")

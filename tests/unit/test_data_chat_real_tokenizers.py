@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from chat_samples import PLAIN, SEVERAL_CALLS, THOUGHTS, TOOLS, Conversation, assistant, embedded_conversations, user
+from chat_samples import (
+    PLAIN,
+    SEVERAL_CALLS,
+    THOUGHTS,
+    TOOLS,
+    Conversation,
+    assistant,
+    embedded_conversations,
+    render,
+    user,
+)
 from data_samples import CONVERSATION
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.chat import FIXED_DATE, ChatRenderer, render
+from data_pipeline.chat import FIXED_DATE, ChatRenderer
 from data_pipeline.tokenizer import CHAT_TEMPLATE, load_tokenizer
 
 FOLDER = os.environ.get("TRAINYARD_TOKENIZERS")
