@@ -4,6 +4,7 @@ Checksums show that the bytes are those that were written. This shows that they 
 optimizer state, the same place in the schedule and in the data.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def compare_learning_rate(manifest: Manifest, schedule: Schedule, recipe: Recipe
     done = manifest.step - manifest.skipped_steps
     expected = [schedule.learning_rate(max(1, done + late)) for late in ((0, 1) if manifest.skipped_steps else (0,))]
     recorded = sorted({group.learning_rate for group in manifest.optimizer.groups})
-    if len(recorded) == 1 and recorded[0] in expected:
+    if len(recorded) == 1 and any(math.isclose(recorded[0], rate, rel_tol=1e-14) for rate in expected):
         return [f"learning rate {recorded[0]:.6g}"], []
     return [], [f"the learning rate is {recorded} in the checkpoint, {expected[0]} by the schedule at update {done}"]
 

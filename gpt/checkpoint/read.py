@@ -150,9 +150,10 @@ def newest_checkpoint(
 
 
 def newest_manifest(run: Path) -> Manifest | None:
-    """The manifest of the newest checkpoint of a run directory, or None where there is no checkpoint."""
-    steps = list_checkpoints(run)
-    return read_manifest(checkpoint_directory(run, steps[-1])) if steps else None
+    """The manifest of the newest checkpoint of a run directory that is not seen to be damaged, or None where there is
+    none. Loading says what is passed over."""
+    reader = newest_checkpoint(run, report=lambda line: None)
+    return reader.manifest if reader else None
 
 
 def open_checkpoint(run: Path, step: int | None = None) -> CheckpointReader:

@@ -30,7 +30,7 @@ def load_all(runs: Runs, names: list[str], processes: int) -> dict[str, dict[str
     out = runs.folder / f"outcomes-{processes}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, str(WORKER), "reference.yaml", str(out), str(BLOCK_BYTES), *names],
+        [*command, str(WORKER), "runs/reference/recipe.yaml", str(out), str(BLOCK_BYTES), *names],
         cwd=runs.folder,
         env=environment() | {"DS_ACCELERATOR": "cpu"},
         capture_output=True,
@@ -199,3 +199,21 @@ def test_every_loading_is_proved(
     folder = checkpoint_directory(runs.directory("small-blocks"), 20)
     for rank, count in enumerate(found["small-blocks"]["bytes_read"]):
         assert count == needed_bytes(folder, processes, rank), f"rank {rank}"
+
+
+@pytest.mark.full
+def test_a_start_on_a_changed_checkpoint_ends_with_one_sentence(reference: Runs) -> None:
+    """By the command line: of the run itself, and of another one that would go on from its weights."""
+    reference.copy("reference", "changed")
+    folder = checkpoint_directory(reference.directory("changed"), 20)
+    rewrite(folder, scale_weight)
+    before = (reference.directory("changed") / "metrics.jsonl").read_bytes()
+    pretrained = {"model": {"pretrained": str(reference.directory("changed"))}}
+    for name, changes in (("changed", {}), ("from-changed", pretrained)):
+        done = reference.train(name, check=False, **changes)
+        assert done.returncode == 1
+        assert f"resume proof of {folder}: FAIL: the norm of fp32/{FIRST} is" in "".join(done.stderr.splitlines())
+    assert (reference.directory("changed") / "metrics.jsonl").read_bytes() == before
+    reference.copy("reference", "unchanged")
+    done = reference.train("from-unchanged", model={"pretrained": str(reference.directory("unchanged"))})
+    assert "resume proof: logits within 0 " in done.stdout and ": PASS" in done.stdout
