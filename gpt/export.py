@@ -21,12 +21,17 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, fsync_directory, hash_file, write_safetensors
 from gpt.checkpoint.format import FileEntry, Manifest, Precision
-from gpt.checkpoint.read import TORCH_DTYPES, CheckpointReader, empty_model, newest_manifest, open_checkpoint
+from gpt.checkpoint.read import (
+    NORM_TOLERANCE,
+    TORCH_DTYPES,
+    CheckpointReader,
+    empty_model,
+    newest_manifest,
+    open_checkpoint,
+)
 
 MAX_SHARD_BYTES = 5_000_000_000
 CHUNK_ELEMENTS = 1 << 20
-NORM_TOLERANCE = 1e-4
-"""Relative; a norm is summed over other ranges than at the save, in float64 both times."""
 OTHER_FILES_BYTES = 64 * 1024 * 1024
 """Room for the tokenizer and the small files, when free space is checked."""
 CHECKSUMS_NAME = "checksums.json"

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gpt.checkpoint.format import checkpoint_directory, list_checkpoints, read_manifest
+from gpt.checkpoint.read import newest_manifest
 from gpt.recipe import Model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -102,10 +102,10 @@ def _causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _config_of_weights(pretrained: str) -> PreTrainedConfig:
     if is_run_directory(pretrained):
-        steps = list_checkpoints(Path(pretrained))
-        if not steps:
+        manifest = newest_manifest(Path(pretrained))
+        if manifest is None:
             raise ValueError(f"model.pretrained {pretrained} is a run without any checkpoint: train it first")
-        fields = dict(read_manifest(checkpoint_directory(Path(pretrained), steps[-1])).model_config_dict)
+        fields = dict(manifest.model_config_dict)
         architectures = fields.pop("architectures", None)
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         config.architectures = architectures

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gpt import distributed
-from gpt.checkpoint.format import OptimizerEntry, ParameterEntry, Probe
+from gpt.checkpoint.format import DamagedFileError, OptimizerEntry, ParameterEntry, Probe, list_step_folders
 from gpt.checkpoint.load import load_into_engine, restore_random_state
-from gpt.checkpoint.probe import check_probe
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
 from gpt.checkpoint.write import Written, save_checkpoint
 from gpt.distributed import Ranks, ShardedState
 from gpt.metrics import steps_after
-from gpt.model import DTYPES, is_run_directory
+from gpt.model import is_run_directory
+from gpt.proof import prove
 from gpt.run_directory import RunDirectory, package_versions
 
 if TYPE_CHECKING:
@@ -65,8 +63,7 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
     """Load the run's newest good checkpoint, or the weights of another run that it goes on from; returns the step.
 
     Raises:
-        ValueError: the data is not the checkpoint's, nothing that was written can be loaded, or the loaded weights do
-            not give the recorded logits.
+        ValueError: the data is not the checkpoint's, nothing that was written can be loaded, or the resume proof fails.
     """
     recipe = plan.recipe
     loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
@@ -77,7 +74,7 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
         loaded = _load_newest(source, state, ranks, weights_only=True)
         if loaded is None:
             raise ValueError(f"model.pretrained {source} has no checkpoint that can be loaded")
-        line = _check(loaded, engine, ranks, recipe.precision)
+        line = prove(loaded, plan, engine, state, ranks, weights_only=True)
         if owner is not None:
             owner.write_event("weights loaded", source=str(source), step=loaded.manifest.step, proof=line)
             print(f"weights of {source}, step {loaded.manifest.step}. {line}", flush=True)
@@ -90,7 +87,7 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
         )
     restore_random_state(loaded, ranks, recipe.train.seed)
     engine.skipped_steps = manifest.skipped_steps
-    line = _check(loaded, engine, ranks, recipe.precision)
+    line = prove(loaded, plan, engine, state, ranks, weights_only=False)
     if owner is not None:
         lost = steps_after(owner.path / "metrics.jsonl", manifest.step)
         owner.write_event(
@@ -101,7 +98,11 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
 
 
 def _load_newest(run: Path, state: ShardedState, ranks: Ranks, *, weights_only: bool) -> CheckpointReader | None:
-    """Load the newest checkpoint that is good on every rank; a damaged one is passed over with a warning."""
+    """Load the newest checkpoint that is good on every rank; a damaged one is passed over with a warning.
+
+    None where a run has no checkpoint. Raises ValueError where it has some and all are damaged: to begin anew there
+    would lose what was committed.
+    """
     before: int | None = None
 
     def report(line: str) -> None:
@@ -110,41 +111,30 @@ def _load_newest(run: Path, state: ShardedState, ranks: Ranks, *, weights_only: 
 
     while True:
         reader = newest_checkpoint(run, report=report, before_step=before)
-        steps = distributed.gather_floats([reader.manifest.step if reader else -1], ranks)[:, 0]
+        step = int(reader.directory.name.removeprefix("step_")) if reader else -1
+        steps = distributed.gather_floats([step], ranks)[:, 0]
         if len(set(steps.tolist())) > 1:
             raise ValueError(
                 f"the ranks see different checkpoints in {run}, steps {sorted(set(map(int, steps)))}: is it shared?"
             )
         if reader is None:
+            if folders := list_step_folders(run):
+                raise ValueError(
+                    f"no checkpoint in {run / 'checkpoints'} can be loaded (steps {folders}, see the warnings): bring "
+                    f"back a good copy of one, or start a new run under another name"
+                )
             return None
         error = _attempt(lambda found=reader: load_into_engine(found, state, weights_only=weights_only))  # type: ignore[misc]
         errors = [message for message in distributed.gather_objects(error, ranks) if message]
         if not errors:
             return reader
-        report(f"the checkpoint of step {reader.manifest.step} is passed over: {errors[0]}")
-        before = reader.manifest.step
+        report(f"the checkpoint of step {step} is passed over: {errors[0]}")
+        before = step
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
-    from gpt.checkpoint.format import DamagedFileError
-
     try:
         action()
     except (DamagedFileError, OSError) as error:
         return str(error)
     return None
-
-
-def _check(reader: CheckpointReader, engine: Any, ranks: Ranks, precision: str) -> str:
-    """Hold the loaded weights against the checkpoint's probe, on every rank in step."""
-    manifest = reader.manifest
-    if manifest.probe is None:
-        return "probe: none in the checkpoint"
-    if manifest.precision != precision:
-        return f"probe: not comparable, recorded in {manifest.precision}"
-
-    def forward(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        return engine(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-
-    engine.eval()
-    return check_probe(forward, manifest.probe, ranks.device, DTYPES[precision])

@@ -60,6 +60,12 @@ def compare_recipes(stored: Recipe, new: Recipe) -> list[str]:
     return announced
 
 
+def changes_of_schedule(stored: dict[str, Any], new: Recipe) -> bool:
+    """Whether a recipe differs from a stored one (its `model_dump`) in what may change with a printed line."""
+    old_values, new_values = _flatten(stored), _flatten(new.model_dump())
+    return any(old_values.get(field) != new_values.get(field) for field in ANNOUNCED_FIELDS)
+
+
 def _flatten(node: Any, place: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {place: node}

@@ -30,29 +30,41 @@ def verify(directory: Path, progress: Progress | None = None) -> dict[str, Any]:
     if (directory / "checksums.json").is_file():
         return {"kind": "export", "files": _verify_export(directory, progress)}
     if (directory / "checkpoints").is_dir():
-        from gpt.checkpoint.format import checkpoint_directory, list_checkpoints
-
-        steps = list_checkpoints(directory)
-        if not steps:
-            raise ValueError(f"{directory} is a run without a committed checkpoint: there is nothing to verify")
-        _verify_checkpoints([checkpoint_directory(directory, step) for step in steps], progress)
-        return {"kind": "run", "checkpoints": steps}
+        return {"kind": "run", "checkpoints": _verify_run(directory, progress)}
     if any(directory.glob("rank_*.safetensors")) or (directory / "manifest.json").is_file():
-        return {"kind": "checkpoint", "files": _verify_checkpoints([directory], progress)}
+        from gpt.checkpoint.read import CheckpointReader
+
+        reader = CheckpointReader(directory)
+        reader.verify(progress)
+        return {"kind": "checkpoint", "files": len(reader.manifest.files)}
     raise ValueError(f"{directory} is neither prepared data nor a checkpoint, a run or an export: nothing to verify")
 
 
-def _verify_checkpoints(directories: list[Path], progress: Progress | None) -> int:
-    """Check checkpoints in order; how many files they have."""
+def _verify_run(run: Path, progress: Progress | None) -> list[int]:
+    """Check all checkpoints, also behind a damaged one; their steps."""
+    from gpt.checkpoint.format import checkpoint_directory, list_step_folders
     from gpt.checkpoint.read import CheckpointReader
 
-    readers = [CheckpointReader(directory) for directory in directories]
-    sizes = [sum(entry.size_bytes for entry in reader.manifest.files.values()) for reader in readers]
-    for index, reader in enumerate(readers):
-        reader.verify()
+    steps = list_step_folders(run)
+    if not steps:
+        raise ValueError(f"{run} is a run without a committed checkpoint: there is nothing to verify")
+    folders = {step: checkpoint_directory(run, step) for step in steps}
+    sizes = {step: sum(file.stat().st_size for file in folder.iterdir()) for step, folder in folders.items()}
+    damages: dict[int, str] = {}
+    for index, step in enumerate(steps):
+        try:
+            CheckpointReader(folders[step]).verify()
+        except (ValueError, OSError) as error:
+            damages[step] = str(error)
         if progress is not None:
-            progress(sum(sizes[: index + 1]), sum(sizes))
-    return sum(len(reader.manifest.files) for reader in readers)
+            progress(sum(sizes[done] for done in steps[: index + 1]), sum(sizes.values()))
+    if damages:
+        whole = [step for step in steps if step not in damages]
+        raise ValueError(
+            f"{len(damages)} of {len(steps)} checkpoints cannot be loaded: {' '.join(damages.values())} "
+            + (f"Whole are those of steps {', '.join(map(str, whole))}." if whole else "None is whole.")
+        )
+    return steps
 
 
 def _verify_export(directory: Path, progress: Progress | None) -> int:

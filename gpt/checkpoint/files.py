@@ -159,18 +159,15 @@ class VerifiedFile:
         self.bytes_read = 0
         self._cache: OrderedDict[int, memoryview] = OrderedDict()
         self._cache_blocks = cache_blocks
-        self.check_size()
-
-    def check_size(self) -> None:
         try:
-            size = self.path.stat().st_size
+            size = path.stat().st_size
         except FileNotFoundError:
-            raise DamagedFileError(f"{self.path} is missing, though the manifest lists it.") from None
-        if size != self.entry.size_bytes:
-            raise DamagedFileError(f"{self.path} has {size} bytes, but the manifest says {self.entry.size_bytes}.")
+            raise DamagedFileError(f"{path} is missing, though the manifest lists it.") from None
+        if size != entry.size_bytes:
+            raise DamagedFileError(f"{path} has {size} bytes, but the manifest says {entry.size_bytes}.")
         blocks = -(-size // BLOCK_BYTES)
-        if len(self.entry.blocks) != blocks:
-            raise DamagedFileError(f"{self.path} has {blocks} blocks, but {len(self.entry.blocks)} checksums.")
+        if len(entry.blocks) != blocks:
+            raise DamagedFileError(f"{path} has {blocks} blocks, but {len(entry.blocks)} checksums.")
 
     def read(self, offset: int, length: int) -> memoryview:
         """The bytes `[offset, offset + length)`, verified."""
@@ -198,7 +195,6 @@ class VerifiedFile:
 
     def verify(self) -> None:
         """Check every block; raises DamagedFileError for the first that differs."""
-        self.check_size()
         buffer = memoryview(bytearray(min(BLOCK_BYTES, self.entry.size_bytes)))
         with self.path.open("rb", buffering=0) as file:
             for index in range(len(self.entry.blocks)):
@@ -282,14 +278,6 @@ class FragmentFile:
             offset = self._data_start + self._entry(name)["data_offsets"][0] + start * values.itemsize
             self._file.read_into(offset, _bytes_of(values))
         return values
-
-    def check_size(self) -> None:
-        """Raise DamagedFileError when the file is missing or has another size than recorded."""
-        self._file.check_size()
-
-    def verify(self) -> None:
-        """Check every block of the file; raises DamagedFileError for the first that differs."""
-        self._file.verify()
 
     def _entry(self, name: str) -> dict:
         try:

@@ -180,14 +180,19 @@ def temporary_checkpoint_directory(run: Path, step: int, generation: int) -> Pat
     return run / "checkpoints" / f".tmp-step_{step:08d}-g{generation:06d}"
 
 
-def list_checkpoints(run: Path) -> list[int]:
-    """Steps of the committed checkpoints of a run directory, ascending; empty when there is none."""
+def list_step_folders(run: Path) -> list[int]:
+    """Steps that have a folder in a run directory, ascending; empty when there is none. As a commit is a rename, one
+    without a manifest has lost it."""
     try:
-        entries = list((run / "checkpoints").iterdir())
+        matches = [STEP_PATTERN.match(entry.name) for entry in (run / "checkpoints").iterdir()]
     except FileNotFoundError:
         return []
-    matches = ((STEP_PATTERN.match(entry.name), entry) for entry in entries)
-    return sorted(int(match.group(1)) for match, entry in matches if match and (entry / MANIFEST_NAME).is_file())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def list_checkpoints(run: Path) -> list[int]:
+    """Steps of the committed checkpoints of a run directory, ascending; empty when there is none."""
+    return [step for step in list_step_folders(run) if (checkpoint_directory(run, step) / MANIFEST_NAME).is_file()]
 
 
 def fsync_directory(directory: Path) -> None:
@@ -204,14 +209,18 @@ def _checksum(content: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(canonical.encode())
 
 
+def _manifest_text(content: dict[str, Any]) -> bytes:
+    """The file that holds `content`: there is one only, so that no byte of it can be changed without notice."""
+    return (json.dumps({**content, "checksum": _checksum(content)}, separators=(",", ": ")) + "\n").encode()
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json` durably and atomically, with a checksum of its own content as its last key."""
     # Through JSON and back: keys become strings first, so that the checksum is of what a reader will see.
     content = json.loads(json.dumps(manifest.model_dump(mode="json", by_alias=True)))
-    text = json.dumps({**content, "checksum": _checksum(content)}, indent=None, separators=(",", ": "))
     temporary = directory / f".{MANIFEST_NAME}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
+    with temporary.open("wb") as file:
+        file.write(_manifest_text(content))
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(directory / MANIFEST_NAME)
@@ -226,17 +235,21 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes())
-        version = content["version"]
-    except FileNotFoundError:
+        data = path.read_bytes()
+        content = json.loads(data)
+        recorded, version = content.pop("checksum"), content["version"]
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{directory} is not a checkpoint: it holds no {MANIFEST_NAME}.") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedFileError(f"{path} is damaged: it is not a checkpoint manifest ({error}).") from error
-    if version != VERSION:
-        raise ValueError(f"{path} has the format {version!r}, and this version of Trainyard reads {VERSION!r} only.")
-    recorded, actual = content.pop("checksum", None), _checksum(content)
+    # Before the version, of which a byte may be damaged as well: every version has this checksum.
+    actual = _checksum(content)
     if recorded != actual:
         raise DamagedFileError(f"{path} is damaged: its content has the checksum {actual}, recorded is {recorded}.")
+    if data != _manifest_text(content):
+        raise DamagedFileError(f"{path} is damaged: it holds other bytes than were written, of the same meaning.")
+    if version != VERSION:
+        raise ValueError(f"{path} has the format {version!r}, and this version of Trainyard reads {VERSION!r} only.")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:

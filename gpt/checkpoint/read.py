@@ -9,18 +9,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gpt.checkpoint.files import FragmentFile
+from gpt.checkpoint.files import FragmentFile, VerifiedFile
 from gpt.checkpoint.format import (
     DamagedFileError,
     Manifest,
     Precision,
     checkpoint_directory,
     list_checkpoints,
+    list_step_folders,
     rank_file_name,
     read_manifest,
 )
 
 TORCH_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NORM_TOLERANCE = 1e-10
+"""Relative. Norms are summed in float64, over other ranges and so in another order than at the save: for a sum of n
+squares that is at most n * 1.1e-16, and for torch's sums in blocks far below 1e-12 at any n that memory holds."""
 
 
 class CheckpointReader:
@@ -92,14 +96,21 @@ class CheckpointReader:
         return file.read(tensor).reshape(file.shape(tensor))
 
     def check_sizes(self) -> None:
-        """Raise DamagedFileError for the first file that is missing or has another size than recorded."""
-        for name in self.manifest.files:
-            self._file(name).check_size()
+        """Raise DamagedFileError for the first file that is missing or has another size; reads nothing."""
+        for name, entry in self.manifest.files.items():
+            VerifiedFile(self.directory / name, entry)
 
-    def verify(self) -> None:
-        """Read every block of every file; raises DamagedFileError for the first that is damaged."""
-        for name in self.manifest.files:
-            self._file(name).verify()
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read every block of every file; raises DamagedFileError for the first that is damaged.
+
+        `progress` is called with (bytes done, bytes in all).
+        """
+        done, total = 0, sum(entry.size_bytes for entry in self.manifest.files.values())
+        for name, entry in self.manifest.files.items():
+            VerifiedFile(self.directory / name, entry).verify()
+            done += entry.size_bytes
+            if progress is not None:
+                progress(done, total)
 
     def index(self, parameter: str) -> int:
         """Place of a parameter in `manifest.parameters`."""
@@ -126,22 +137,23 @@ def newest_checkpoint(
     A damaged one is passed over for the one before it, with a line to `report`. Blocks are verified when they are read:
     a caller that meets a DamagedFileError then asks again with `before_step`, the step of the damaged checkpoint.
     """
-    for step in reversed(list_checkpoints(run)):
+    for step in reversed(list_step_folders(run)):
         if before_step is not None and step >= before_step:
             continue
         try:
             reader = CheckpointReader(checkpoint_directory(run, step))
             reader.check_sizes()
             return reader
-        except DamagedFileError as error:
+        except (DamagedFileError, FileNotFoundError) as error:
             report(f"The checkpoint of step {step} is passed over: {error}")
     return None
 
 
 def newest_manifest(run: Path) -> Manifest | None:
-    """The manifest of the newest checkpoint of a run directory, or None where there is no checkpoint."""
-    steps = list_checkpoints(run)
-    return read_manifest(checkpoint_directory(run, steps[-1])) if steps else None
+    """The manifest of the newest checkpoint of a run directory that is not seen to be damaged, or None where there is
+    none. Loading says what is passed over."""
+    reader = newest_checkpoint(run, report=lambda line: None)
+    return reader.manifest if reader else None
 
 
 def open_checkpoint(run: Path, step: int | None = None) -> CheckpointReader:

@@ -126,7 +126,7 @@ def test_a_flipped_byte_is_found_only_where_it_lies(tmp_path: Path) -> None:
     with pytest.raises(DamagedFileError, match="block 1"):
         file.read("a")
     with pytest.raises(DamagedFileError, match="block 1"):
-        file.verify()
+        VerifiedFile(path, entry).verify()
 
 
 def test_a_file_of_another_size_or_a_missing_one_is_refused(tmp_path: Path) -> None:
@@ -232,6 +232,18 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DamagedFileError, match="not a checkpoint manifest"):
         read_manifest(directory)
     path.write_text(text.replace("checkpoint/1", "checkpoint/2"))
+    with pytest.raises(DamagedFileError, match="its content has the checksum"):
+        read_manifest(directory)
+    for same_meaning in (text.replace(": ", ":", 1), text.rstrip(), text.replace("1e-08", "1E-08")):
+        assert same_meaning != text
+        path.write_text(same_meaning)
+        with pytest.raises(DamagedFileError, match="other bytes than were written"):
+            read_manifest(directory)
+    path.write_text("")
+    with pytest.raises(DamagedFileError, match="not a checkpoint manifest"):
+        read_manifest(directory)
+    path.write_text(text)
+    write_manifest(directory, read_manifest(directory).model_copy(update={"version": "checkpoint/2"}))
     with pytest.raises(ValueError, match="has the format 'checkpoint/2', and this version of Trainyard reads"):
         read_manifest(directory)
     path.unlink()

@@ -334,8 +334,7 @@ def test_refusals_before_anything_is_written(tmp_path: Path, monkeypatch: pytest
         patch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ValueError, match=r"loads the model, which takes .* of memory"):
             export_run(run, tmp_path / "out")
-    text = (directory / "manifest.json").read_text()
-    (directory / "manifest.json").write_text(text.replace("checkpoint/1", "checkpoint/7"))
+    write_manifest(directory, read_manifest(directory).model_copy(update={"version": "checkpoint/7"}))
     with pytest.raises(ValueError, match="has the format 'checkpoint/7'"):
         export_run(run, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "run"]

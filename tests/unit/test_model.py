@@ -169,6 +169,9 @@ def test_another_runs_directory_gives_the_configuration_of_its_newest_checkpoint
     assert config.num_hidden_layers == 1
     assert config.vocab_size == 260
     assert config.architectures == ["LlamaForCausalLM"]
+    (run / "checkpoints" / "step_00000020" / "manifest.json").write_bytes(b"")
+    config = build_config(Model(pretrained=str(run)), AutoTokenizer.from_pretrained(run / "tokenizer"), 32)
+    assert config.num_hidden_layers == 2, "a damaged checkpoint is passed over here as it is in loading"
 
 
 def test_a_run_without_checkpoints_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
