@@ -223,6 +223,10 @@ class Checkpoint(Section):
     """Keep the newest so many."""
     keep_every_steps: PositiveInt | None = None
     """Also keep, for ever, each whose step is a multiple of this."""
+    commit_deadline_seconds: PositiveInt = 600
+    """A save has failed when the other ranks' files are not there so long after rank 0's own."""
+    max_failed_saves: PositiveInt = 3
+    """Stop the run when so many saves in a row have failed. Until then training goes on, and the next one is tried."""
 
 
 class Evaluate(Section):

@@ -1,64 +1,22 @@
-"""Where a run's weights come from when it starts, and what goes into its checkpoints."""
+"""Where a run's weights come from when it starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpt import distributed
-from gpt.checkpoint.format import OptimizerEntry, ParameterEntry, Probe
 from gpt.checkpoint.load import load_into_engine, restore_random_state
 from gpt.checkpoint.probe import check_probe
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
-from gpt.checkpoint.write import Written, save_checkpoint
 from gpt.distributed import Ranks, ShardedState
 from gpt.metrics import steps_after
 from gpt.model import DTYPES, is_run_directory
-from gpt.run_directory import RunDirectory, package_versions
+from gpt.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from gpt.train import RunPlan
-    from gpt.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Saver:
-    """Writes the run's checkpoints: `save` of the Trainer."""
-
-    plan: "RunPlan"
-    state: ShardedState
-    tied: dict[str, str]
-    generation: int
-
-    def __call__(self, trainer: "Trainer", step: int, probe: Probe) -> Written:
-        """Write the checkpoint of `step` with its probe."""
-        plan, recipe, ranks = self.plan, self.plan.recipe, trainer.ranks
-
-        def describe(parameters: list[ParameterEntry], optimizer: OptimizerEntry) -> dict[str, Any]:
-            return {
-                "tokens": step * recipe.train.global_batch_tokens,
-                "samples_consumed": step * recipe.global_batch_sequences,
-                "skipped_steps": trainer.engine.skipped_steps,
-                "data_fingerprint": plan.training.fingerprint,
-                "data_kind": plan.training.kind,
-                "precision": recipe.precision,
-                "parameters": parameters,
-                "tied": self.tied,
-                "optimizer": optimizer,
-                "model_config": plan.config.to_dict(),
-                "recipe": recipe.model_dump(),
-                "versions": package_versions(),
-                "probe": probe,
-            }
-
-        def all_succeeded(mine: bool) -> bool:
-            return bool(distributed.gather_floats([float(mine)], ranks).all())
-
-        return save_checkpoint(
-            trainer.run, trainer.owner, self.generation, self.state, ranks, describe, step, all_succeeded
-        )
 
 
 def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owner: RunDirectory | None) -> int:
