@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpt import distributed
+from gpt.checkpoint.format import list_checkpoints
 from gpt.checkpoint.load import load_into_engine, restore_random_state
 from gpt.checkpoint.probe import check_probe
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
@@ -29,6 +30,11 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
     recipe = plan.recipe
     loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
     if loaded is None:
+        if list_checkpoints(recipe.run_directory()):
+            raise ValueError(
+                f"no checkpoint of {recipe.run_directory()} can be resumed from, see the warnings: restore one, or "
+                f"start a new run under another name"
+            )
         if recipe.model.pretrained is None or not is_run_directory(recipe.model.pretrained):
             return 0
         source = Path(recipe.model.pretrained)
@@ -67,7 +73,7 @@ def _load_newest(run: Path, state: ShardedState, ranks: Ranks, *, weights_only: 
             print(f"warning: {line}", flush=True)
 
     while True:
-        reader = newest_checkpoint(run, report=report, before_step=before)
+        reader = newest_checkpoint(run, report=report, before_step=before, resumable=not weights_only)
         steps = distributed.gather_floats([reader.manifest.step if reader else -1], ranks)[:, 0]
         if len(set(steps.tolist())) > 1:
             raise ValueError(

@@ -24,7 +24,7 @@ from gpt import distributed
 from gpt.batch import MicroBatch
 from gpt.checkpoint.format import Greedy, Probe, rank_file_name, temporary_checkpoint_directory
 from gpt.checkpoint.probe import make_probe
-from gpt.checkpoint.retention import delete_old_checkpoints
+from gpt.checkpoint.retention import apply_retention
 from gpt.checkpoint.write import (
     STATES,
     HostBuffers,
@@ -342,8 +342,8 @@ class Saver:
         seconds = time.perf_counter() - save.began
         self._write_event("checkpoint committed", step=save.step, bytes=size, seconds=seconds)
         try:
-            for step in delete_old_checkpoints(self._run, self._settings, save.step, self._generation):
-                self._write_event("checkpoint deleted", step=step)
+            for deed, step in apply_retention(self._run, self._settings, save.step, self._generation):
+                self._write_event(deed, step=step)
             remove_leftovers(self._run, self._generation)
         except OSError as error:  # the checkpoint is there all the same; the next one's commit tries again
             say(f"warning: old checkpoints of {self._run} could not be deleted: {error}")

@@ -104,8 +104,14 @@ def open_training_data(recipe: Recipe) -> TrainingStream:
 
 
 def check(recipe: Recipe, world_size: int) -> None:
-    """What the launcher does before it starts processes: `plan_run`, for its errors, and a look at every data file."""
+    """What the launcher does before it starts processes: `plan_run`, for its errors, a look at every data file, and at
+    the room for checkpoints."""
+    from gpt.checkpoint.retention import check_budget
+    from gpt.model import elements_of
+
     plan = plan_run(recipe, world_size)
+    if recipe.checkpoint.budget_bytes is not None:
+        check_budget(recipe.checkpoint, recipe.run_directory(), elements_of(plan.config), plan.schedule.total_steps)
     for stream in (plan.training, plan.validation):
         if stream is not None:
             stream.check_files()

@@ -120,7 +120,8 @@ class Manifest(_Strict):
     parameter that the file stores; with count 0 it stores no tensor. Together they cover every parameter.
     `model_config_dict` is the transformers configuration; its key in the file is `model_config`, an attribute that
     pydantic keeps for itself. `norms[parameter][state]` is the L2 norm of the whole tensor. `evaluate_loss` is
-    the validation loss of this step, where there was an evaluation.
+    the validation loss of this step, where there was an evaluation. With `weights_only` the optimizer's moments and the
+    random states were deleted: no run can resume here.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -134,6 +135,7 @@ class Manifest(_Strict):
     data_kind: Literal["text", "chat", "mixed"]
     world_size: int = Field(ge=1)
     zero_stage: int
+    weights_only: bool = False
     generation: int
     precision: Precision
     parameters: list[ParameterEntry] = Field(min_length=1)
