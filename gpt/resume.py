@@ -1,5 +1,6 @@
 """Where a run's weights come from when it starts."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
         ValueError: the data is not the checkpoint's, nothing that was written can be loaded, or the loaded weights do
             not give the recorded logits.
     """
-    recipe = plan.recipe
+    recipe, started = plan.recipe, time.perf_counter()
     loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
     if loaded is None:
         if list_checkpoints(recipe.run_directory()):
@@ -46,7 +47,7 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
             owner.write_event("weights loaded", source=str(source), step=loaded.manifest.step, proof=line)
             print(f"weights of {source}, step {loaded.manifest.step}. {line}", flush=True)
         return 0
-    manifest = loaded.manifest
+    manifest, seconds = loaded.manifest, time.perf_counter() - started
     if manifest.data_fingerprint != plan.training.fingerprint:
         raise ValueError(
             f"the data under data.train is not what this run was trained on (fingerprint {plan.training.fingerprint}, "
@@ -58,7 +59,12 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
     if owner is not None:
         lost = steps_after(owner.path / "metrics.jsonl", manifest.step)
         owner.write_event(
-            "resume", step=manifest.step, steps_lost=lost, from_world_size=manifest.world_size, proof=line
+            "resume",
+            step=manifest.step,
+            steps_lost=lost,
+            from_world_size=manifest.world_size,
+            load_seconds=seconds,
+            proof=line,
         )
         print(f"resumed at step {manifest.step}, written by {manifest.world_size} ranks. {line}", flush=True)
     return manifest.step
