@@ -61,8 +61,8 @@ def main() -> None:
     options.out.write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(WORK)
     for line in facts["compared"]:
-        verdict = "" if line["met"] is None else f"  at least {BAR}: {'met' if line['met'] else 'missed'}"
-        print(f"{line['what']:<52} ours {line['ours']:>9.3f}  DeepSpeed {line['deepspeed']:>9.3f}  "
+        verdict = "" if line["met"] is None else f" (bar {BAR}: {'met' if line['met'] else 'missed'})"
+        print(f"{line['what']:<56} ours {line['ours']:>9.3f}  DeepSpeed {line['deepspeed']:>9.3f}  "
               f"ratio {line['ratio']:>6.1f}{verdict}")  # fmt: skip
 
 
@@ -123,10 +123,14 @@ def run_ours(recipe: Path) -> dict[str, Any]:
     metrics, events = read("metrics.jsonl"), read("events.jsonl")
     stalls = [r["performance/checkpoint_stall_seconds"] for r in metrics if r["performance/checkpoint_stall_seconds"]]
     commits = [event for event in events if event["event"] == "checkpoint committed"]
+    seconds = [record["performance/step_seconds"] for record in metrics]
     steps = len(metrics)
     result: dict[str, Any] = {
         "stall_seconds": stalls,
-        "step_seconds": [record["performance/step_seconds"] for record in metrics],
+        "steps_while_writing": [seconds[event["step"]] for event in commits[:-1]],
+        "other_steps": [
+            s for step, s in enumerate(seconds, 1) if step > 1 and step - 1 not in {e["step"] for e in commits}
+        ],
         "commit_seconds": [event["seconds"] for event in commits[:-1]],
         "last_save_seconds": commits[-1]["seconds"],
         "bytes": commits[-1]["bytes"],
@@ -187,8 +191,12 @@ def ranks(processes: int, mode: str, recipe: Path, folder: Path, *words: str) ->
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Medians over the saves; a ratio above 1 is in our favour. The last of our saves hides behind no step."""
+    """Medians over the saves; a ratio above 1 is in our favour.
+
+    On a CPU the writer and the ranks share cores: the step that it writes behind is longer, which is no stall but a cost.
+    """
     mine = statistics.median(ours["stall_seconds"])
+    slower = statistics.mean(ours["steps_while_writing"]) - statistics.mean(ours["other_steps"])
     held = statistics.median(theirs["held_seconds"])
     elsewhere = theirs["convert_seconds"] + theirs["load_1"]["load_seconds"]
     lines = (

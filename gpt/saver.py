@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 NO_SAVE, UNDER_WAY, DONE = 0.0, 1.0, 2.0
 """How a rank's save stands; rank 0's is DONE when it is committed. A failure is `_failure_code`, which is negative."""
+WRITER_NICENESS = 5
 SPARE_BYTES = 16 * 2**20
 RANK_STEP = 4096
 """Of `_failure_code`: more than any errno."""
@@ -307,6 +308,8 @@ class Saver:
             copies = self._buffers.copy(save.sources)
             save.sources = {}
             save.copied.set()
+            with contextlib.suppress(OSError):  # on a CPU the writing must not slow the steps down
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
             if self._owner is not None:
                 self._write_event("checkpoint begun", step=save.step)
             if not save.has_room:
