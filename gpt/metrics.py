@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -33,6 +34,13 @@ class Evaluation:
     sample_text: str | None
     greedy: Greedy | None
 
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        loss = self.metrics["evaluate/loss"]
+        assert isinstance(loss, float)
+        return loss
+
 
 class MetricsWriter:
     """Writes the records of one start of a run.
@@ -47,40 +55,84 @@ class MetricsWriter:
         self._console_every_steps = console_every_steps
         path = run.path / "metrics.jsonl"
         _drop_lines_after(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        self._writing = threading.Lock()
+        self._synced_step = resumed_step
         # At step 0 are the texts, which a start from 0 writes anew. The first start too says that it purges:
         # TensorBoard takes the first purge in a directory for its beginning, and ignores it.
         purge_step = resumed_step + 1 if resumed_step else 0
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step, flush_secs=10)
+        self._board: SummaryWriter | None = self._open_board(purge_step)
+        self._step = resumed_step
         self._recent: deque[float] = deque([time.monotonic()], maxlen=21)
 
+    def _open_board(self, purge_step: int) -> SummaryWriter:
+        return SummaryWriter(str(self._run.path / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
     def write(self, step: int, record: Record) -> None:
-        """Append the record of a step. A number that is not finite is written as null."""
+        """Append the record of a step. A number that is not finite is written as null.
+
+        What a full disk does not take now waits: for the next step's line, TensorBoard's for the next `sync`.
+        """
         self._run.check_ownership()
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
-        for key, value in clean.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(key, value, step)
+        with self._writing:
+            self._step = step
+            self._pending += (json.dumps({"step": step, **clean}) + "\n").encode()
+            try:
+                self._write_pending()
+                self._add_scalars(step, clean)
+            except OSError as error:
+                say(f"warning: the metrics of step {step} wait to be written: {error}")
         self._recent.append(time.monotonic())
         if step % self._console_every_steps == 0 or step in (1, self._total_steps) or "evaluate/loss" in record:
-            print(self._console_line(step, record), flush=True)
+            say(self._console_line(step, record))
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+    def _add_scalars(self, step: int, record: Record) -> None:
+        if self._board is None:
+            return
+        try:
+            for key, value in record.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(key, value, step)
+        except OSError:  # its thread has died of it
+            self._board = None
+            raise
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """A text for TensorBoard, shown as it is."""
-        self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+        if self._board is not None:
+            self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
 
     def sync(self) -> None:
-        """Bring everything to disk: what a checkpoint commits must not be ahead of its metrics."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        """Bring everything to disk: what a checkpoint commits must not be ahead of its metrics. Any thread may call it.
+
+        Raises OSError when the disk does not take it.
+        """
+        with self._writing:
+            self._write_pending()
+            os.fsync(self._file.fileno())
+            if self._board is None:
+                self._board = self._open_board(self._synced_step + 1)
+                for record in _records(self._run.path / "metrics.jsonl"):
+                    if record["step"] > self._synced_step:
+                        self._add_scalars(record.pop("step"), record)
+            try:
+                self._board.flush()
+            except OSError:
+                self._board = None
+                raise
+            self._synced_step = self._step
 
     def close(self) -> None:
         """Write what is left."""
         self.sync()
         self._file.close()
+        assert self._board is not None
         self._board.close()
 
     def _console_line(self, step: int, record: Record) -> str:
@@ -97,6 +149,12 @@ class MetricsWriter:
             text.format(value) for key, text in shown.items() if isinstance(value := record.get(key), int | float)
         ]
         return "  ".join([*parts, f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"])
+
+
+def say(line: str) -> None:
+    """A line on the console, where the full disk that may hold its log does not end the run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def steps_after(path: Path, step: int) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpt.checkpoint.read import newest_manifest
@@ -178,6 +180,22 @@ class CompiledLayers:
             yield
         finally:
             self._set(self._compiled)
+
+
+def draws_random_numbers(model: PreTrainedModel) -> bool:
+    """Whether training may compute something else than evaluation: a dropout or a router's jitter that is not 0."""
+    unused = ("summary_", "classifier_")  # of other heads than a language model's
+    fields = {k: v for k, v in model.config.get_text_config().to_dict().items() if not k.startswith(unused)}
+    configured = any(value for name, value in fields.items() if "drop" in name or "jitter" in name)
+    return configured or any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
+
+
+def elements_of(config: PreTrainedConfig) -> int:
+    """Number of parameters of a model of this configuration, without making it."""
+    with torch.device("meta"), no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

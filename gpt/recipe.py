@@ -223,6 +223,18 @@ class Checkpoint(Section):
     """Keep the newest so many."""
     keep_every_steps: PositiveInt | None = None
     """Also keep, for ever, each whose step is a multiple of this."""
+    keep_best: PositiveInt | None = None
+    """Also keep the so many with the lowest validation loss at their step. Every save needs an evaluation for that."""
+    weights_only_after: PositiveInt | None = None
+    """Keep the optimizer's moments of the newest so many only: the older ones shrink to a third, can still be exported
+    and evaluated, but no run can resume from them."""
+    budget_bytes: PositiveInt | None = None
+    """What all checkpoints may take, the one that is being written included. Refused before the run when what is to be
+    kept cannot fit; while it runs, the oldest are deleted first where it is exceeded all the same."""
+    commit_deadline_seconds: PositiveInt = 600
+    """A save has failed when the other ranks' files are not there so long after rank 0's own."""
+    max_failed_saves: PositiveInt = 3
+    """Stop the run when so many saves in a row have failed. Until then training goes on, and the next one is tried."""
 
 
 class Evaluate(Section):
@@ -296,6 +308,18 @@ class Recipe(Section):
                     f"data.stages.{number}.until_tokens is {stage.until_tokens}, which is not a whole number of global "
                     f"batches of {batch} tokens: use {f'{below} or ' if below else ''}{above}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> "Recipe":
+        saves, evaluations = self.checkpoint.every_steps, self.evaluate.every_steps
+        if self.checkpoint.keep_best is None:
+            return self
+        if self.data.validation is None or saves is None or evaluations is None or saves % evaluations:
+            raise ValueError(
+                f"checkpoint.keep_best needs an evaluation at every save: give data.validation, and a "
+                f"checkpoint.every_steps (now {saves}) that is a multiple of evaluate.every_steps (now {evaluations})"
+            )
         return self
 
     @property

@@ -1,62 +1,22 @@
-"""Where a run's weights come from when it starts, and what goes into its checkpoints."""
+"""Where a run's weights come from when it starts."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt import distributed
-from gpt.checkpoint.format import DamagedFileError, OptimizerEntry, ParameterEntry, Probe, list_step_folders
+from gpt.checkpoint.format import DamagedFileError, list_step_folders
 from gpt.checkpoint.load import load_into_engine, restore_random_state
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
-from gpt.checkpoint.write import Written, save_checkpoint
 from gpt.distributed import Ranks, ShardedState
 from gpt.metrics import steps_after
 from gpt.model import is_run_directory
 from gpt.proof import prove
-from gpt.run_directory import RunDirectory, package_versions
+from gpt.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from gpt.train import RunPlan
-    from gpt.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Saver:
-    """Writes the run's checkpoints: `save` of the Trainer."""
-
-    plan: "RunPlan"
-    state: ShardedState
-    tied: dict[str, str]
-    generation: int
-
-    def __call__(self, trainer: "Trainer", step: int, probe: Probe) -> Written:
-        """Write the checkpoint of `step` with its probe."""
-        plan, recipe, ranks = self.plan, self.plan.recipe, trainer.ranks
-
-        def describe(parameters: list[ParameterEntry], optimizer: OptimizerEntry) -> dict[str, Any]:
-            return {
-                "tokens": step * recipe.train.global_batch_tokens,
-                "samples_consumed": step * recipe.global_batch_sequences,
-                "skipped_steps": trainer.engine.skipped_steps,
-                "data_fingerprint": plan.training.fingerprint,
-                "data_kind": plan.training.kind,
-                "precision": recipe.precision,
-                "parameters": parameters,
-                "tied": self.tied,
-                "optimizer": optimizer,
-                "model_config": plan.config.to_dict(),
-                "recipe": recipe.model_dump(),
-                "versions": package_versions(),
-                "probe": probe,
-            }
-
-        def all_succeeded(mine: bool) -> bool:
-            return bool(distributed.gather_floats([float(mine)], ranks).all())
-
-        return save_checkpoint(
-            trainer.run, trainer.owner, self.generation, self.state, ranks, describe, step, all_succeeded
-        )
 
 
 def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owner: RunDirectory | None) -> int:
@@ -65,7 +25,7 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
     Raises:
         ValueError: the data is not the checkpoint's, nothing that was written can be loaded, or the resume proof fails.
     """
-    recipe = plan.recipe
+    recipe, started = plan.recipe, time.perf_counter()
     loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
     if loaded is None:
         if recipe.model.pretrained is None or not is_run_directory(recipe.model.pretrained):
@@ -79,7 +39,7 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
             owner.write_event("weights loaded", source=str(source), step=loaded.manifest.step, proof=line)
             print(f"weights of {source}, step {loaded.manifest.step}. {line}", flush=True)
         return 0
-    manifest = loaded.manifest
+    manifest, seconds = loaded.manifest, time.perf_counter() - started
     if manifest.data_fingerprint != plan.training.fingerprint:
         raise ValueError(
             f"the data under data.train is not what this run was trained on (fingerprint {plan.training.fingerprint}, "
@@ -91,7 +51,12 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
     if owner is not None:
         lost = steps_after(owner.path / "metrics.jsonl", manifest.step)
         owner.write_event(
-            "resume", step=manifest.step, steps_lost=lost, from_world_size=manifest.world_size, proof=line
+            "resume",
+            step=manifest.step,
+            steps_lost=lost,
+            from_world_size=manifest.world_size,
+            load_seconds=seconds,
+            proof=line,
         )
         print(f"resumed at step {manifest.step}, written by {manifest.world_size} ranks. {line}", flush=True)
     return manifest.step
@@ -110,7 +75,7 @@ def _load_newest(run: Path, state: ShardedState, ranks: Ranks, *, weights_only: 
             print(f"warning: {line}", flush=True)
 
     while True:
-        reader = newest_checkpoint(run, report=report, before_step=before)
+        reader = newest_checkpoint(run, report=report, before_step=before, resumable=not weights_only)
         step = int(reader.directory.name.removeprefix("step_")) if reader else -1
         steps = distributed.gather_floats([step], ranks)[:, 0]
         if len(set(steps.tolist())) > 1:

@@ -91,6 +91,7 @@ class RunDirectory:
         self._stop = threading.Event()
         self._heartbeat: threading.Thread | None = None
         self._phase = "starting"
+        self._events = threading.Lock()
 
     def claim(self) -> None:
         """Become the one writer.
@@ -155,10 +156,10 @@ class RunDirectory:
             )
 
     def write_event(self, kind: str, **details: Any) -> None:
-        """Append one line to events.jsonl, which is never cut."""
+        """Append one line to events.jsonl, which is never cut. Any thread may call it."""
         self.check_ownership()
         line = json.dumps({"time": time.time(), "generation": self.generation, "event": kind, **details}) + "\n"
-        with (self.path / "events.jsonl").open("ab+") as file:
+        with self._events, (self.path / "events.jsonl").open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else "\n" + line  # a full disk had cut the last one short

@@ -104,8 +104,14 @@ def open_training_data(recipe: Recipe) -> TrainingStream:
 
 
 def check(recipe: Recipe, world_size: int) -> None:
-    """What the launcher does before it starts processes: `plan_run`, for its errors, and a look at every data file."""
+    """What the launcher does before it starts processes: `plan_run`, for its errors, a look at every data file, and at
+    the room for checkpoints."""
+    from gpt.checkpoint.retention import check_budget
+    from gpt.model import elements_of
+
     plan = plan_run(recipe, world_size)
+    if recipe.checkpoint.budget_bytes is not None:
+        check_budget(recipe.checkpoint, recipe.run_directory(), elements_of(plan.config), plan.schedule.total_steps)
     for stream in (plan.training, plan.validation):
         if stream is not None:
             stream.check_files()
@@ -185,9 +191,10 @@ def _run_claimed(
     from gpt import distributed
     from gpt.checkpoint.write import remove_leftovers
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import DTYPES, count_parameters
+    from gpt.model import DTYPES, count_parameters, draws_random_numbers
     from gpt.optimizer import build_optimizer
-    from gpt.resume import Saver, resume
+    from gpt.resume import resume
+    from gpt.saver import Saver
     from gpt.trainer import BatchSource, Trainer
 
     plan = plan_run(recipe, ranks.world_size)
@@ -208,6 +215,16 @@ def _run_claimed(
     if owner is not None:
         metrics = _open_metrics(plan, owner, resumed)
         print(f"model: {parameters:,} parameters, {type(model).__name__}, {recipe.precision}, from step {resumed}")
+    saver = Saver(
+        plan,
+        state,
+        ranks,
+        owner,
+        generation,
+        tied_names(model),
+        metrics.sync if metrics is not None else lambda: None,
+        probe_from_training=uncompiled is nullcontext and not draws_random_numbers(model),
+    )
     trainer = Trainer(
         recipe=recipe,
         run=recipe.run_directory(),
@@ -219,7 +236,7 @@ def _run_claimed(
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
-        save=Saver(plan, state, tied_names(model), generation),
+        saver=saver,
         stop_requested=stop_requested,
         uncompiled=uncompiled,
         flops_per_token=flops_per_token(

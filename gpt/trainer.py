@@ -18,15 +18,13 @@ import xxhash
 
 from gpt import distributed
 from gpt.batch import BatchPlan, MicroBatch, Rows, micro_batches
-from gpt.checkpoint.format import Greedy, Probe
-from gpt.checkpoint.probe import make_probe
-from gpt.checkpoint.write import Written, delete_old_checkpoints
 from gpt.distributed import Ranks
 from gpt.loss import cross_entropy_sum, loss_for_backward
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory
+from gpt.saver import Saver
 
 
 class SampleStream(Protocol):
@@ -102,7 +100,7 @@ class Trainer:
     batch: BatchPlan
     schedule: Schedule
     evaluate: Callable[["Trainer"], Evaluation] | None
-    save: Callable[["Trainer", int, Probe], Written]
+    saver: Saver
     stop_requested: Callable[[], bool]
     uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
     flops_per_token: float = 0.0
@@ -111,12 +109,7 @@ class Trainer:
     restarts: int = 0
 
     def __post_init__(self) -> None:
-        self._failed_saves = 0
-        self._last_commit = time.monotonic()
-        self._checkpoint_bytes = 0
-        self._stall_seconds = 0.0
         self._stop_at = self.schedule.total_steps
-        self._saved_step = self.first_step - 1
         self.stopped_at: int | None = None
         """The last step before a requested stop; None where nobody asked for one."""
 
@@ -128,35 +121,41 @@ class Trainer:
         Raises:
             ValueError: the loss is not finite, or the last checkpoint cannot be written.
         """
-        for step in range(self.first_step, self.schedule.total_steps + 1):
-            self._phase(f"step {step}")
-            batch = self.take(step)
-            if batch.stop:
-                self._stop(step - 1)
-                break
-            record = self.train_step(step, batch)
-            greedy = None
-            if self.evaluate is not None and self._is_due(step, self.recipe.evaluate.every_steps):
-                self._phase(f"evaluation at step {step}")
-                evaluation = self.evaluate(self)
-                record |= evaluation.metrics
-                greedy = evaluation.greedy
-                if self.metrics is not None and evaluation.sample_text is not None:
-                    self.metrics.write_text("evaluate/sample", evaluation.sample_text, step)
-            if self.metrics is not None:
-                self.metrics.write(step, record)
-            if self._is_due(step, self.recipe.checkpoint.every_steps):
-                self._phase(f"checkpoint at step {step}")
-                self._save(step, greedy)
+        try:
+            for step in range(self.first_step, self.schedule.total_steps + 1):
+                self._phase(f"step {step}")
+                batch = self.take(step)
+                if batch.stop:
+                    self._stop(step - 1)
+                    break
+                self._do_step(step, batch)
+        except ValueError:
+            self.saver.leave()
+            raise
         self.batches.close()
+
+    def _do_step(self, step: int, batch: "StepBatch") -> None:
+        """Train, and evaluate, record and save where it is due."""
+        record, evaluation = self.train_step(step, batch), None
+        if self.evaluate is not None and self._is_due(step, self.recipe.evaluate.every_steps):
+            self._phase(f"evaluation at step {step}")
+            evaluation = self.evaluate(self)
+            record |= evaluation.metrics
+            if self.metrics is not None and evaluation.sample_text is not None:
+                self.metrics.write_text("evaluate/sample", evaluation.sample_text, step)
+        if self.metrics is not None:
+            self.metrics.write(step, record)
+        if self._is_due(step, self.recipe.checkpoint.every_steps):
+            self._save(step, evaluation)
 
     def take(self, step: int) -> "StepBatch":
         """This rank's part of a global batch, and what all ranks must know of it, in one collective."""
         started = time.perf_counter()
         forwards = self.batches.take(step)
         waited = time.perf_counter() - started
-        mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested()]
+        mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested(), self.saver.state()]
         everyone = distributed.gather_floats(mine, self.ranks)
+        self.saver.hear(everyone[:, 2])
         return StepBatch(forwards, int(everyone[:, 0].sum()), bool(everyone[:, 1].any()), started, waited)
 
     def _stop(self, step: int) -> None:
@@ -164,8 +163,9 @@ class Trainer:
         self.stopped_at = self._stop_at = step
         if self.owner is not None:
             self.owner.write_event("stop requested", step=step)
-        if step > self._saved_step:
-            self._phase(f"checkpoint at step {step}")
+        if self.saver.begun_step == step:
+            self._finish_save(step)
+        elif step >= self.first_step and self.saver.committed_step != step:
             self._save(step, None)
 
     def train_step(self, step: int, batch: "StepBatch") -> Record:
@@ -178,15 +178,19 @@ class Trainer:
         distributed.set_learning_rate(self.engine, learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         self.engine.train()
-        for forward in forwards:
+        for index, forward in enumerate(forwards, start=1):
             logits = self.forward(forward.input_ids, forward.position_ids)
+            self.saver.give_probe(logits, forward)
             part = cross_entropy_sum(logits, forward.targets, forward.mask)
             self.engine.backward(loss_for_backward(part, target_tokens, self.ranks.world_size), scale_wrt_gas=False)
+            if index == len(forwards):
+                self.saver.wait_copied()
             self.engine.step()
             loss_sum += part.detach()
         # Its own processor time: on a CPU a rank sleeps while it waits for another one. A GPU's host tells nothing.
         busy = time.process_time() - busy if self.ranks.device.type == "cpu" else 0.0
-        mine = [float(loss_sum), busy, batch.data_wait_seconds, peak_memory_gib(self.ranks.device)]
+        stall, self.saver.stall_seconds = self.saver.stall_seconds, 0.0
+        mine = [float(loss_sum), busy, batch.data_wait_seconds, peak_memory_gib(self.ranks.device), stall]
         everyone = distributed.gather_floats(mine, self.ranks)
         loss = float(everyone[:, 0].sum()) / target_tokens
         if not np.isfinite(loss):
@@ -213,7 +217,6 @@ class Trainer:
         flops = tokens / seconds * self.flops_per_token
         # on a busy machine the peak may have been measured too low: what was reached is a lower bound of it
         self.peak_flops = max(self.peak_flops, flops)
-        stall, self._stall_seconds = self._stall_seconds, 0.0
         busy = everyone[:, 1]
         return {
             "train/loss": loss,
@@ -227,11 +230,11 @@ class Trainer:
             "performance/model_flops_utilization": flops / self.peak_flops if flops else None,
             "performance/step_seconds": seconds,
             "performance/data_wait_seconds": float(everyone[:, 2].max()),
-            "performance/checkpoint_stall_seconds": stall,
+            "performance/checkpoint_stall_seconds": float(everyone[:, 4].max()),
             "performance/slowest_rank_ratio": float(busy.max() / busy.mean()) if busy.any() else None,
-            "checkpoint/seconds_since_commit": time.monotonic() - self._last_commit,
-            "checkpoint/bytes": self._checkpoint_bytes,
-            "checkpoint/failed_saves": self._failed_saves,
+            "checkpoint/seconds_since_commit": time.monotonic() - self.saver.committed_at,
+            "checkpoint/bytes": self.saver.size_bytes,
+            "checkpoint/failed_saves": self.saver.failed_saves,
             "run/restarts": self.restarts,
             "run/rollbacks": self.owner.count_events("rollback") if self.owner else 0,
             "memory/peak_gib": float(everyone[:, 3].max()),
@@ -246,39 +249,35 @@ class Trainer:
         if self.owner is not None:
             self.owner.set_phase(phase)
 
-    def _save(self, step: int, greedy: Greedy | None) -> None:
-        """Probe, write, commit, delete what is no longer kept. A failed write is reported and training goes on."""
+    def _save(self, step: int, evaluation: Evaluation | None) -> None:
+        """Begin the checkpoint of `step`; the last one of a run is also finished."""
+        self._phase(f"checkpoint at step {step}")
+        greedy = evaluation.greedy if evaluation is not None else None
+        loss = evaluation.loss if evaluation is not None else None
+        self.saver.begin(step, self.engine.skipped_steps, greedy, loss)
+        if step == self._stop_at:
+            self._finish_save(step)
+        elif not self.saver.probe_from_training:
+            self._run_probe(step)
+
+    def _finish_save(self, step: int) -> None:
+        """Wait for the run's last checkpoint, that of `step`. Raises ValueError when it cannot be written."""
+        self._phase(f"checkpoint at step {step}")
+        if self.saver.needs_probe:
+            self._run_probe(step)
+        self.saver.finish()
+        if self.saver.committed_step != step:
+            raise ValueError(
+                f"the last checkpoint, of step {step}, could not be written: make room and start the run again"
+            )
+
+    @torch.no_grad()
+    def _run_probe(self, step: int) -> None:
+        """The probe of the save of `step` by a forward of its own."""
         started = time.perf_counter()
-        if self.metrics is not None and self.owner is not None:
-            self.metrics.sync()
-            self.owner.write_event("checkpoint begun", step=step)
         self.engine.eval()
         row = self.batches.first_row(step + 1)
         with self.uncompiled():
-            probe = make_probe(self.forward, row.input_ids, row.position_ids, row.targets, row.mask, greedy)
-        written = self.save(self, step, probe)
-        errors = self._all_errors(written.error)
-        seconds = time.perf_counter() - started
-        self._stall_seconds += seconds
-        if errors:
-            self._failed_saves += 1
-            message = f"the checkpoint of step {step} could not be written: {'; '.join(errors)}"
-            if self.owner is not None:
-                self.owner.write_event("checkpoint failed", step=step, errors=errors)
-                print(f"warning: {message}. The earlier ones are untouched, and training goes on", flush=True)
-            if step == self._stop_at:
-                raise ValueError(f"{message}. It was the last one: make room and start the run again")
-            return
-        self._last_commit = time.monotonic()
-        self._saved_step = step
-        if self.owner is not None:
-            self._checkpoint_bytes = written.size_bytes
-            self.owner.write_event("checkpoint committed", step=step, bytes=written.size_bytes, seconds=seconds)
-            for old in delete_old_checkpoints(self.run, self.recipe.checkpoint, step, self.owner.generation):
-                self.owner.write_event("checkpoint deleted", step=old)
-
-    def _all_errors(self, error: str | None) -> list[str]:
-        """Every rank's error, the same list on all ranks."""
-        if not distributed.gather_floats([float(error is not None)], self.ranks).any():
-            return []
-        return [message for message in distributed.gather_objects(error, self.ranks) if message]
+            logits = self.forward(row.input_ids, row.position_ids)
+        self.saver.stall_seconds += time.perf_counter() - started
+        self.saver.give_probe(logits, row)

@@ -87,12 +87,13 @@ class Probe(_Strict):
 
     `targets` is -1 where a position does not count; `loss` is the fp32 mean over the counted ones (nats per token).
     `top_logits[i][j]` is the logit (training dtype, as a float) at `positions[i]` of vocabulary entry
-    `top_indices[i][j]`.
+    `top_indices[i][j]`. `rows` is the number of rows of the forward, of which this one was the first.
     """
 
     input_ids: list[int]
     position_ids: list[int]
     targets: list[int]
+    rows: int = Field(default=1, ge=1)
     loss: float
     positions: list[int]
     top_indices: list[list[int]]
@@ -118,7 +119,9 @@ class Manifest(_Strict):
     `fragments[file]` holds, in the order of `parameters`, the `(start, count)` element range of each flattened
     parameter that the file stores; with count 0 it stores no tensor. Together they cover every parameter.
     `model_config_dict` is the transformers configuration; its key in the file is `model_config`, an attribute that
-    pydantic keeps for itself. `norms[parameter][state]` is the L2 norm of the whole tensor.
+    pydantic keeps for itself. `norms[parameter][state]` is the L2 norm of the whole tensor. `evaluate_loss` is
+    the validation loss of this step, where there was an evaluation. With `weights_only` the optimizer's moments and the
+    random states were deleted: no run can resume here.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -132,6 +135,7 @@ class Manifest(_Strict):
     data_kind: Literal["text", "chat", "mixed"]
     world_size: int = Field(ge=1)
     zero_stage: int
+    weights_only: bool = False
     generation: int
     precision: Precision
     parameters: list[ParameterEntry] = Field(min_length=1)
@@ -143,6 +147,7 @@ class Manifest(_Strict):
     versions: dict[str, str | None]
     norms: dict[str, dict[str, float]]
     probe: Probe | None
+    evaluate_loss: float | None = None
     files: dict[str, FileEntry]
     fragments: dict[str, list[tuple[int, int]]]
 

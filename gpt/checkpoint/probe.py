@@ -1,9 +1,11 @@
 """The probe: one row through the live engine, recorded with the weights and held against them wherever they go."""
 
+import math
 from collections.abc import Callable
 
 import torch
 
+from gpt.batch import MicroBatch
 from gpt.checkpoint.format import Greedy, Probe
 from gpt.loss import cross_entropy_sum
 
@@ -15,28 +17,21 @@ Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def make_probe(
-    forward: Forward,
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    targets: torch.Tensor,
-    mask: torch.Tensor,
-    greedy: Greedy | None,
-) -> Probe:
-    """Run one row ([1, tokens] each, the mask bool) and record its loss and the top logits of some positions.
-
-    The caller has switched dropout off. Under ZeRO-3 every rank must call it, with the same row.
-    """
-    logits = forward(input_ids, position_ids)
-    counted = int(mask.sum())
-    loss = float(cross_entropy_sum(logits, targets, mask)) / max(1, counted)
-    tokens = input_ids.shape[1]
+def make_probe(logits: torch.Tensor, batch: MicroBatch, greedy: Greedy | None) -> Probe | None:
+    """Loss and top logits of the first row of `batch`, whose forward on the saved weights gave `logits` [rows, tokens,
+    vocabulary], with dropout off; None where they are not finite, against which nothing could be held."""
+    counted = int(batch.mask[0].sum())
+    loss = float(cross_entropy_sum(logits[:1], batch.targets[:1], batch.mask[:1])) / max(1, counted)
+    rows, tokens = batch.input_ids.shape
     positions = sorted({round(i * (tokens - 1) / max(1, POSITIONS - 1)) for i in range(POSITIONS)})
     top = logits[0, positions].float().topk(min(TOP, logits.shape[-1]), dim=-1)
+    if not (math.isfinite(loss) and bool(top.values.isfinite().all())):
+        return None
     return Probe(
-        input_ids=input_ids[0].tolist(),
-        position_ids=position_ids[0].tolist(),
-        targets=torch.where(mask, targets, -1)[0].tolist(),
+        input_ids=batch.input_ids[0].tolist(),
+        position_ids=batch.position_ids[0].tolist(),
+        targets=torch.where(batch.mask, batch.targets, -1)[0].tolist(),
+        rows=rows,
         loss=loss,
         positions=positions,
         top_indices=top.indices.tolist(),
@@ -53,8 +48,9 @@ def check_probe(forward: Forward, probe: Probe, device: torch.device, dtype: tor
     the order in which a matrix product is summed, and so a rounding, but no more. A token's loss moves by at most twice
     what its logits move, and the errors of many tokens average out.
     """
-    ids = torch.tensor([probe.input_ids], device=device)
-    logits = forward(ids, torch.tensor([probe.position_ids], device=device))
+    # as many rows as were recorded: the shape of a matrix product decides in which order it is summed
+    ids = torch.tensor([probe.input_ids] * probe.rows, device=device)
+    logits = forward(ids, torch.tensor([probe.position_ids] * probe.rows, device=device))[:1]
     recorded = torch.tensor(probe.top_logits, device=device)
     found = logits[0, probe.positions].float().gather(1, torch.tensor(probe.top_indices, device=device))
     difference = float((found - recorded).abs().max())

@@ -92,7 +92,7 @@ class CheckpointReader:
 
     def read_buffer(self, name: str) -> torch.Tensor:
         """A persistent buffer in its own shape and dtype."""
-        file, tensor = self._file(rank_file_name(0)), f"buffer/{name}"
+        file, tensor = self._file(min(self.manifest.files)), f"buffer/{name}"
         return file.read(tensor).reshape(file.shape(tensor))
 
     def check_sizes(self) -> None:
@@ -130,9 +130,11 @@ class CheckpointReader:
 
 
 def newest_checkpoint(
-    run: Path, *, report: Callable[[str], None], before_step: int | None = None
+    run: Path, *, report: Callable[[str], None], before_step: int | None = None, resumable: bool = False
 ) -> CheckpointReader | None:
     """The newest checkpoint of a run directory whose manifest and file sizes are right, or None.
+
+    One that holds weights only is passed over where it must be `resumable`.
 
     A damaged one is passed over for the one before it, with a line to `report`. Blocks are verified when they are read:
     a caller that meets a DamagedFileError then asks again with `before_step`, the step of the damaged checkpoint.
@@ -143,7 +145,9 @@ def newest_checkpoint(
         try:
             reader = CheckpointReader(checkpoint_directory(run, step))
             reader.check_sizes()
-            return reader
+            if not (resumable and reader.manifest.weights_only):
+                return reader
+            report(f"The checkpoint of step {step} is passed over: it holds weights only, a run cannot resume from it")
         except (DamagedFileError, FileNotFoundError) as error:
             report(f"The checkpoint of step {step} is passed over: {error}")
     return None

@@ -1,15 +1,16 @@
-"""Writing a checkpoint: each rank its own file, rank 0 the manifest, and the rename that commits.
+"""Writing a checkpoint: each rank its own file from a copy in host memory, rank 0 the manifest and the commit.
 
-Nothing here is a collective except through the `all_succeeded` that the caller passes: no rank waits for another one's
-disk in a way that the caller does not see.
+Nothing here is a collective: rank 0 sees in the folder that the others are done, by the sidecar that each leaves last.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,149 +18,181 @@ import torch
 
 from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, write_safetensors
 from gpt.checkpoint.format import (
+    MANIFEST_NAME,
     Manifest,
     OptimizerEntry,
     ParameterEntry,
     ParameterGroup,
     checkpoint_directory,
     fsync_directory,
-    list_checkpoints,
     rank_file_name,
-    temporary_checkpoint_directory,
     write_manifest,
 )
-from gpt.distributed import MOMENTS, Ranks, ShardedState
-from gpt.recipe import Checkpoint
-from gpt.run_directory import RunDirectory
+from gpt.distributed import MOMENTS, ShardedState
 
-TEMPORARY_PATTERN = re.compile(r"\.tmp-step_\d{8,}-g\d{6,}")
+TEMPORARY_PATTERN = re.compile(r"\.tmp-step_\d{8,}-g(\d{6,})")
 STATES = ("fp32", *MOMENTS)
+POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a save came to: this rank's error message or None, and on rank 0 the size of the checkpoint."""
+class RankError(OSError):
+    """A rank's part of a checkpoint could not be written; `errno` says why."""
 
-    error: str | None
-    size_bytes: int = 0
-
-
-def save_checkpoint(
-    run: Path,
-    owner: RunDirectory | None,
-    generation: int,
-    state: ShardedState,
-    ranks: Ranks,
-    describe: Callable[[list[ParameterEntry], OptimizerEntry], dict[str, Any]],
-    step: int,
-    all_succeeded: Callable[[bool], bool],
-) -> Written:
-    """Write and commit the checkpoint of `step`.
-
-    `owner` is rank 0's hold on the run directory (None elsewhere); `describe` gives the manifest's remaining fields.
-    A failure of the file system on any rank leaves the earlier checkpoints as they are and is returned, not raised.
-    """
-    folder = temporary_checkpoint_directory(run, step, generation)
-    error = _attempt(lambda: _make_folder(folder)) if owner is not None else None
-    if all_succeeded(error is None):
-        error = _attempt(lambda: _write_rank(folder, state, ranks))
-        if all_succeeded(error is None):
-            error = (
-                _attempt(lambda: _commit(run, owner, folder, state, ranks, describe, step))
-                if owner is not None
-                else None
-            )
-            all_succeeded(error is None)
-    if owner is not None and error is None:
-        committed = checkpoint_directory(run, step)
-        return Written(None, sum(file.stat().st_size for file in committed.iterdir()) if committed.exists() else 0)
-    return Written(error)
+    def __init__(self, rank: int, code: int) -> None:
+        super().__init__(code, os.strerror(code))
+        self.rank = rank
 
 
-def _attempt(action: Callable[[], None]) -> str | None:
-    try:
-        action()
-    except OSError as error:
-        return f"{error.strerror or error} ({error.filename})" if error.filename else str(error)
-    return None
+class HostBuffers:
+    """Copies of tensors in host memory that is used again by the next save: the first touch of its pages is slow."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def copy(self, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors' values as they are now; valid until the next call.
+
+        On CUDA the copies are in the order of the thread's current stream, which is the engine's.
+        """
+        for name, source in sources.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+                self._buffers[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._buffers[name].copy_(source)
+        return {name: self._buffers[name] for name in sources}
 
 
-def _make_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write_rank(folder: Path, state: ShardedState, ranks: Ranks) -> None:
-    """This rank's fragments, random state and (rank 0) buffers, and a sidecar that describes the file."""
+def fragments(state: ShardedState) -> dict[str, torch.Tensor]:
+    """This rank's elements of every parameter and state, as "state/parameter": views, where ZeRO keeps them so."""
     state.ensure_moments()
-    tensors: list[TensorToWrite] = []
-    ranges: list[tuple[int, int]] = []
-    squares: dict[str, dict[str, float]] = {}
-    for name in state.parameters:
-        start, count = state.range(name)
-        ranges.append((start, count))
-        squares[name] = {}
-        for kind in STATES:
-            value = state.read(name, kind)
-            squares[name][kind] = float(value.double().square().sum())
-            if count:
-                tensors.append(TensorToWrite(f"{kind}/{name}", "F32", (count,), value.cpu))
-    tensors.append(_tensor("rng/torch_cpu", torch.get_rng_state()))
-    if ranks.device.type == "cuda":
-        tensors.append(_tensor("rng/torch_cuda", torch.cuda.get_rng_state(ranks.device)))
-    if ranks.is_first:
-        tensors += [_tensor(f"buffer/{name}", value) for name, value in state.buffers().items()]
-    entry = write_safetensors(folder / rank_file_name(ranks.rank), tensors)
-    sidecar = {"file": entry.model_dump(), "ranges": ranges, "squares": squares}
-    with (folder / _sidecar_name(ranks.rank)).open("w", encoding="utf-8") as file:
-        json.dump(sidecar, file)
+    return {f"{kind}/{name}": state.read(name, kind) for name in state.parameters for kind in STATES}
+
+
+def small_tensors(state: ShardedState, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Copies of what changes between optimizer updates: this rank's random state and, of rank 0, the buffers."""
+    tensors = {"rng/torch_cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["rng/torch_cuda"] = torch.cuda.get_rng_state(device)
+    if rank == 0:
+        tensors |= {f"buffer/{name}": value.detach().cpu().clone() for name, value in state.buffers().items()}
+    return tensors
+
+
+def write_rank(
+    folder: Path,
+    rank: int,
+    save: int,
+    tensors: Mapping[str, torch.Tensor],
+    ranges: list[tuple[int, int]],
+    cancelled: Callable[[], bool],
+) -> None:
+    """Write a rank's file durably, then the sidecar that describes it, which makes this rank's part complete.
+
+    `save` is the number of the save in this start, the same on all ranks; `ranges` is as in the manifest.
+    """
+
+    def read(name: str) -> torch.Tensor:
+        if cancelled():
+            raise RankError(rank, errno.ECANCELED)
+        return tensors[name]
+
+    folder.mkdir(exist_ok=True)  # not its parents: where the file system has gone there must be an error
+    entry = write_safetensors(
+        folder / rank_file_name(rank),
+        [
+            TensorToWrite(name, DTYPE_CODES[value.dtype], tuple(value.shape), partial(read, name))
+            for name, value in tensors.items()
+            if value.numel()
+        ],
+    )
+    norms = {n: float(torch.linalg.vector_norm(v, dtype=torch.float64)) for n, v in tensors.items() if _is_fragment(n)}
+    _write_sidecar(folder, rank, {"save": save, "file": entry.model_dump(), "ranges": ranges, "norms": norms})
+
+
+def give_up_rank(folder: Path, rank: int, save: int, code: int) -> None:
+    """Make room, and tell rank 0 by a sidecar, where that much can still be written, that this rank has failed."""
+    if folder.exists():
+        (folder / rank_file_name(rank)).unlink(missing_ok=True)
+        _write_sidecar(folder, rank, {"save": save, "error": code})
+
+
+def _is_fragment(name: str) -> bool:
+    return name.partition("/")[0] in STATES
+
+
+def _write_sidecar(folder: Path, rank: int, content: dict[str, Any]) -> None:
+    path = folder / _sidecar_name(rank)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _tensor(name: str, value: torch.Tensor) -> TensorToWrite:
-    value = value.detach().cpu().contiguous()
-    return TensorToWrite(name, DTYPE_CODES[value.dtype], tuple(value.shape), lambda: value)
+    temporary.rename(path)
+    fsync_directory(folder)
 
 
 def _sidecar_name(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
-def _commit(
-    run: Path,
-    owner: RunDirectory,
-    folder: Path,
-    state: ShardedState,
-    ranks: Ranks,
-    describe: Callable[[list[ParameterEntry], OptimizerEntry], dict[str, Any]],
-    step: int,
-) -> None:
-    sidecars = [json.loads((folder / _sidecar_name(r)).read_text(encoding="utf-8")) for r in range(ranks.world_size)]
-    fields = describe(parameter_entries(state), optimizer_entry(state))
+def collect(
+    folder: Path, world_size: int, save: int, deadline_seconds: float, cancelled: Callable[[], bool]
+) -> list[dict[str, Any]]:
+    """Every rank's sidecar of this save, awaited for at most `deadline_seconds`.
+
+    Raises RankError for a rank that failed or was too slow.
+    """
+    found: list[dict[str, Any]] = []
+    end = time.monotonic() + deadline_seconds
+    while len(found) < world_size:
+        rank = len(found)
+        try:
+            sidecar = json.loads((folder / _sidecar_name(rank)).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            sidecar = {"save": None}
+        if sidecar["save"] == save:
+            if "error" in sidecar:
+                raise RankError(rank, sidecar["error"])
+            found.append(sidecar)
+        elif cancelled():
+            raise RankError(rank, errno.ECANCELED)
+        elif time.monotonic() > end:
+            raise RankError(rank, errno.ETIMEDOUT)
+        else:
+            time.sleep(POLL_SECONDS)
+    return found
+
+
+def commit(
+    run: Path, folder: Path, fields: dict[str, Any], sidecars: list[dict[str, Any]], before_rename: Callable[[], None]
+) -> int:
+    """Turn the folder into the checkpoint of `fields["step"]`; returns its size in bytes.
+
+    `fields` are the manifest's that the sidecars do not hold; `before_rename` may still refuse.
+    """
+    names = [entry.name for entry in fields["parameters"]]
     manifest = Manifest(
         **fields,
-        step=step,
-        world_size=ranks.world_size,
-        zero_stage=3,
-        generation=owner.generation,
-        buffers=sorted(state.buffers()),
-        norms={
-            name: {kind: sum(sidecar["squares"][name][kind] for sidecar in sidecars) ** 0.5 for kind in STATES}
-            for name in state.parameters
-        },
+        norms={name: {kind: _norm(sidecars, f"{kind}/{name}") for kind in STATES} for name in names},
         files={rank_file_name(r): sidecar["file"] for r, sidecar in enumerate(sidecars)},
         fragments={rank_file_name(r): sidecar["ranges"] for r, sidecar in enumerate(sidecars)},
     )
-    for rank in range(ranks.world_size):
+    for rank in range(len(sidecars)):
         (folder / _sidecar_name(rank)).unlink()
-    owner.check_ownership()
     write_manifest(folder, manifest)
-    target = checkpoint_directory(run, step)
-    if target.exists():  # an earlier start's checkpoint of this step that was found damaged: this one replaces it
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    target = checkpoint_directory(run, manifest.step)
+    before_rename()
+    if target.exists():  # an earlier one of this step, found damaged or rolled back: no half of it may pass for whole
+        (target / MANIFEST_NAME).unlink(missing_ok=True)
         shutil.rmtree(target)
     folder.rename(target)
     fsync_directory(target.parent)
+    return size
+
+
+def _norm(sidecars: list[dict[str, Any]], name: str) -> float:
+    return sum(sidecar["norms"][name] ** 2 for sidecar in sidecars) ** 0.5
 
 
 def parameter_entries(state: ShardedState) -> list[ParameterEntry]:
@@ -186,28 +219,11 @@ def optimizer_entry(state: ShardedState) -> OptimizerEntry:
     return OptimizerEntry(type="adamw", states=list(STATES), groups=groups, loss_scaler=state.loss_scaler())
 
 
-def delete_old_checkpoints(run: Path, settings: Checkpoint, newest: int, generation: int) -> list[int]:
-    """Delete what the recipe does not keep, after `newest` was committed; returns the deleted steps.
-
-    Only folders that are committed checkpoints by their anchored name are touched. Each is renamed to a temporary one
-    first, so that a kill in the middle leaves no half checkpoint.
-    """
-    steps = [step for step in list_checkpoints(run) if step <= newest]
-    kept = set(steps[-settings.keep_last :])
-    if settings.keep_every_steps is not None:
-        kept |= {step for step in steps if step % settings.keep_every_steps == 0}
-    deleted = [step for step in steps if step not in kept]
-    for step in deleted:
-        doomed = temporary_checkpoint_directory(run, step, generation)
-        checkpoint_directory(run, step).rename(doomed)
-        shutil.rmtree(doomed)
-    return deleted
-
-
-def remove_leftovers(run: Path) -> list[str]:
-    """Delete the temporary folders that killed starts left; returns their names."""
+def remove_leftovers(run: Path, generation: int | None = None) -> list[str]:
+    """Delete the temporary folders that killed starts and failed saves left, of one start or of all; their names."""
     folder = run / "checkpoints"
-    leftovers = [p for p in folder.glob(".tmp-*") if TEMPORARY_PATTERN.fullmatch(p.name)] if folder.exists() else []
+    matches = [(path, TEMPORARY_PATTERN.fullmatch(path.name)) for path in folder.glob(".tmp-*")]
+    leftovers = [path for path, match in matches if match and generation in (None, int(match.group(1)))]
     for leftover in leftovers:
         shutil.rmtree(leftover)
     return [leftover.name for leftover in leftovers]

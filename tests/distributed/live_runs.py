@@ -40,7 +40,9 @@ def trainyard(*arguments: str, cwd: Path, check: bool = True) -> subprocess.Comp
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """Every process also takes a sitecustomize.py from SLOW_DISK, where a test has set it."""
+    path = os.pathsep.join([str(PROJECT), *os.environ.get("SLOW_DISK", "").split()])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
