@@ -225,6 +225,24 @@ class Checkpoint(Section):
     """Also keep, for ever, each whose step is a multiple of this."""
 
 
+class Divergence(Section):
+    """What happens when numbers are not finite or the loss jumps. A step whose loss or gradient is not finite never
+    changes the weights; these fields say when the run goes back to its newest checkpoint and leaves samples out."""
+
+    skipped_steps: PositiveInt = 10
+    """Go back after so many steps in a row whose loss or gradient was not finite; the samples of these are left out."""
+    spike_z_score: PositiveFloat | None = 10.0
+    """A loss is a spike when it is above the median of the last losses by so many standard deviations, estimated as
+    1.4826 times their median absolute deviation, but not as less than 1 % of the median. null: no spikes are sought."""
+    spike_steps: PositiveInt = 3
+    """Go back after so many spikes in a row, once there is a checkpoint; the samples of these steps are left out."""
+    spike_window_steps: Annotated[Int, Field(ge=8)] = 100
+    """How many finite losses make the median. They are counted anew after the warm-up and in each of data.stages, and
+    nothing is a spike before there are so many."""
+    rollbacks: Annotated[Int, Field(ge=0)] = 3
+    """How often a run goes back, over all its starts; the next time it stops."""
+
+
 class Evaluate(Section):
     """Validation while training."""
 
@@ -275,6 +293,8 @@ class Recipe(Section):
     compilation takes longer than short runs gain."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written and which are kept."""
+    divergence: Divergence = Divergence()
+    """What happens when numbers are not finite or the loss jumps."""
     evaluate: Evaluate = Evaluate()
     """Validation while training."""
     logging: Logging = Logging()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpt import distributed
-from gpt.checkpoint.format import OptimizerEntry, ParameterEntry, Probe
+from gpt.checkpoint.format import Manifest, OptimizerEntry, ParameterEntry, Probe
 from gpt.checkpoint.load import load_into_engine, restore_random_state
 from gpt.checkpoint.probe import check_probe
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
@@ -39,7 +39,8 @@ class Saver:
         def describe(parameters: list[ParameterEntry], optimizer: OptimizerEntry) -> dict[str, Any]:
             return {
                 "tokens": step * recipe.train.global_batch_tokens,
-                "samples_consumed": step * recipe.global_batch_sequences,
+                "samples_consumed": trainer.batches.positions.first(step + 1),
+                "skipped_samples": trainer.batches.positions.skipped,
                 "skipped_steps": trainer.engine.skipped_steps,
                 "data_fingerprint": plan.training.fingerprint,
                 "data_kind": plan.training.kind,
@@ -61,18 +62,20 @@ class Saver:
         )
 
 
-def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owner: RunDirectory | None) -> int:
-    """Load the run's newest good checkpoint, or the weights of another run that it goes on from; returns the step.
+def resume(
+    plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owner: RunDirectory | None
+) -> Manifest | None:
+    """Load the run's newest good checkpoint, whose manifest is returned, or the weights of another run to begin with.
 
     Raises:
         ValueError: the data is not the checkpoint's, nothing that was written can be loaded, or the loaded weights do
             not give the recorded logits.
     """
     recipe = plan.recipe
-    loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
-    if loaded is None:
+    newest = load_newest(plan, engine, state, ranks)
+    if newest is None:
         if recipe.model.pretrained is None or not is_run_directory(recipe.model.pretrained):
-            return 0
+            return None
         source = Path(recipe.model.pretrained)
         loaded = _load_newest(source, state, ranks, weights_only=True)
         if loaded is None:
@@ -81,7 +84,26 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
         if owner is not None:
             owner.write_event("weights loaded", source=str(source), step=loaded.manifest.step, proof=line)
             print(f"weights of {source}, step {loaded.manifest.step}. {line}", flush=True)
-        return 0
+        return None
+    manifest, line = newest
+    if owner is not None:
+        lost = steps_after(owner.path / "metrics.jsonl", manifest.step)
+        owner.write_event(
+            "resume", step=manifest.step, steps_lost=lost, from_world_size=manifest.world_size, proof=line
+        )
+        print(f"resumed at step {manifest.step}, written by {manifest.world_size} ranks. {line}", flush=True)
+    return manifest
+
+
+def load_newest(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks) -> tuple[Manifest, str] | None:
+    """Put the engine, at the start or in the middle of a run, into the state of the run's newest good checkpoint.
+
+    Returns the checkpoint's manifest and the line of its proof, None where there is no checkpoint. Raises as `resume`.
+    """
+    recipe = plan.recipe
+    loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
+    if loaded is None:
+        return None
     manifest = loaded.manifest
     if manifest.data_fingerprint != plan.training.fingerprint:
         raise ValueError(
@@ -90,14 +112,18 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
         )
     restore_random_state(loaded, ranks, recipe.train.seed)
     engine.skipped_steps = manifest.skipped_steps
-    line = _check(loaded, engine, ranks, recipe.precision)
+    return manifest, _check(loaded, engine, ranks, recipe.precision)
+
+
+def samples_left_out(manifest: Manifest | None, owner: RunDirectory | None) -> tuple[list[tuple[int, int]], int]:
+    """(first, end) positions of the samples that the run leaves out, by its checkpoint and by its events (a kill may
+    have come before the next checkpoint), and how often it went back; the same on every rank, from rank 0."""
+    found = None
     if owner is not None:
-        lost = steps_after(owner.path / "metrics.jsonl", manifest.step)
-        owner.write_event(
-            "resume", step=manifest.step, steps_lost=lost, from_world_size=manifest.world_size, proof=line
-        )
-        print(f"resumed at step {manifest.step}, written by {manifest.world_size} ranks. {line}", flush=True)
-    return manifest.step
+        ranges = [(event["first"], event["end"]) for event in owner.events("samples skipped")]
+        found = ranges + (manifest.skipped_samples if manifest else []), len(owner.events("rollback"))
+    result: tuple[list[tuple[int, int]], int] = distributed.broadcast(found)
+    return result
 
 
 def _load_newest(run: Path, state: ShardedState, ranks: Ranks, *, weights_only: bool) -> CheckpointReader | None:

@@ -118,7 +118,9 @@ class Manifest(_Strict):
     `fragments[file]` holds, in the order of `parameters`, the `(start, count)` element range of each flattened
     parameter that the file stores; with count 0 it stores no tensor. Together they cover every parameter.
     `model_config_dict` is the transformers configuration; its key in the file is `model_config`, an attribute that
-    pydantic keeps for itself. `norms[parameter][state]` is the L2 norm of the whole tensor.
+    pydantic keeps for itself. `norms[parameter][state]` is the L2 norm of the whole tensor. `samples_consumed` is the
+    position in the data order at which the next step begins, and `skipped_samples` are the `(first, end)` positions
+    that the run leaves out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -127,6 +129,7 @@ class Manifest(_Strict):
     step: int
     tokens: int
     samples_consumed: int
+    skipped_samples: list[tuple[int, int]] = []
     skipped_steps: int = 0
     data_fingerprint: str
     data_kind: Literal["text", "chat", "mixed"]
