@@ -44,6 +44,11 @@ class LossWatch:
         """Finite losses on which the present answer depends."""
         return self._settings.spike_window_steps + self._settings.spike_steps
 
+    @property
+    def suspicious(self) -> bool:
+        """Whether the newest step was skipped, or the newest finite loss a spike."""
+        return bool(self._in_a_row or self._spikes)
+
     def restore(self, losses: Sequence[tuple[int, float]], skipped_in_a_row: int) -> None:
         """Take up, in a new one, the state after a step: the last `memory_steps` (step, finite loss) up to it, and how
         many steps in a row up to it were skipped."""

@@ -218,7 +218,8 @@ class Checkpoint(Section):
     """When checkpoints are written and which are kept. One is always written at the end."""
 
     every_steps: PositiveInt | None = None
-    """Write one each so many steps. null: only at the end."""
+    """Write one each so many steps. null: only at the end. One that is due amid skipped steps or loss spikes (see
+    divergence) is written after the next ordinary step."""
     keep_last: PositiveInt = 3
     """Keep the newest so many."""
     keep_every_steps: PositiveInt | None = None

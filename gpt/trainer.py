@@ -136,6 +136,7 @@ class Trainer:
         self._saved_step = self.first_step - 1
         self._watch = self._new_watch()
         self._fault: Fault | None = None
+        self._postponed = False
         self.stopped_at: int | None = None
         """The last step before a requested stop; None where nobody asked for one."""
 
@@ -170,7 +171,10 @@ class Trainer:
                     self.metrics.write_text("evaluate/sample", evaluation.sample_text, step)
             if self.metrics is not None:
                 self.metrics.write(step, record)
-            if self._is_due(step, self.recipe.checkpoint.every_steps):
+            save = self._postponed or self._is_due(step, self.recipe.checkpoint.every_steps)
+            # what a run goes back to has to be good: nothing is saved amid skipped steps or spikes, but at the end
+            self._postponed = save and self._watch.suspicious and step != self._stop_at
+            if save and not self._postponed:
                 self._phase(f"checkpoint at step {step}")
                 self._save(step, greedy)
         self.batches.close()
@@ -277,7 +281,7 @@ class Trainer:
 
     def _restore_watch(self) -> None:
         """The watch as it was after the newest step of metrics.jsonl: on rank 0's word, since the file is its own."""
-        self._watch, self._fault = self._new_watch(), None
+        self._watch, self._fault, self._postponed = self._new_watch(), None, False
         past = recent_losses(self.run / "metrics.jsonl", self._watch.memory_steps) if self.ranks.is_first else None
         self._watch.restore(*distributed.broadcast(past))
 

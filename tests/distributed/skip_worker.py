@@ -23,7 +23,7 @@ from gpt.run_directory import RunDirectory
 from gpt.trainer import BatchSource, Trainer
 
 sys.path.append(str(PROJECT_ROOT / "tests" / "numerics"))
-from engine_worker import MODEL, RECIPE, SEQUENCES, RaggedStream  # noqa: E402
+from engine_worker import MODEL, RECIPE, SEQUENCES, RaggedStream
 
 STEPS = 4
 PLANTED_STEP, PLANTED_MODULE = 2, "model.layers.1.mlp.down_proj"
@@ -106,7 +106,9 @@ def run_case(case: str, folder: Path, ranks: distributed.Ranks) -> dict[str, Any
         result["unchanged"].append(distributed.gather_floats([mine], ranks)[:, 0].tolist())
         result["losses"].append(record.get("train/loss"))
         result["rates"].append(record.get("train/learning_rate"))
-        result["scales"].append(distributed.gather_floats([distributed.loss_scale(trainer.engine)], ranks)[:, 0].tolist())
+        result["scales"].append(
+            distributed.gather_floats([distributed.loss_scale(trainer.engine)], ranks)[:, 0].tolist()
+        )
     skipped = distributed.gather_floats([trainer.engine.skipped_steps], ranks)[:, 0].tolist()
     trainer.batches.close()
     return result | {"skipped": skipped}
