@@ -293,17 +293,18 @@ class Trainer:
         """
         started = time.perf_counter()
         self._phase(f"rollback at step {step}")
-        advice = "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the samples"
-        if self.rollbacks >= self.recipe.divergence.rollbacks:
-            raise ValueError(
-                f"step {step}: {fault.reason}. The run went back {self.rollbacks} times, which is all that "
-                f"divergence.rollbacks allows: it stops, and its checkpoints are good. {advice}"
-            )
+        may = self.rollbacks < self.recipe.divergence.rollbacks
         # a save that is under way has to end before this: what is read here is the newest that is committed
-        loaded = self.load()
+        loaded = self.load() if may else None
         if loaded is None:
+            why = "there is no checkpoint to go back to"
+            if not may:
+                why = f"divergence.rollbacks allows no more after {self.rollbacks} of them; the checkpoints are good"
+            if self.owner is not None:
+                self.owner.write_event("diverged", step=step, reason=f"{fault.reason}; {why}")
             raise ValueError(
-                f"step {step}: {fault.reason}, and there is no checkpoint to go back to: the run stops. {advice}"
+                f"step {step}: {fault.reason}, and {why}. The run stops: lower optimizer.learning_rate, lengthen "
+                f"optimizer.warmup_steps, or look at the samples of these steps"
             )
         saved, proof = loaded[0].step, loaded[1]
         steps = max(fault.first_step, saved + 1), step

@@ -169,7 +169,7 @@ def test_a_run_that_diverges_again_and_again_stops(runs: Runs) -> None:
     settings: dict[str, Any] = {"divergence": {"skipped_steps": 2, "rollbacks": 1}}
     done = train(runs, "hopeless", "nan", everything, **settings)
     assert done.returncode == 1
-    assert "The run went back 1 times, which is all that divergence.rollbacks allows" in done.stderr
+    assert "divergence.rollbacks allows no more after 1 of them" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(of_kind(runs, "hopeless", "rollback")) == 1
     done = train(runs, "hopeless", "nan", everything, **settings)  # the count is the run's, not the start's
