@@ -71,6 +71,45 @@ def plan_batch(global_batch_sequences: int, micro_batch_sequences: int, world_si
     )
 
 
+@dataclass(frozen=True)
+class BatchPositions:
+    """Where each step's global batch stands in the data order, in samples: a pure function of the step and of what the
+    run leaves out."""
+
+    global_batch_sequences: int
+    skipped: tuple[tuple[int, int], ...] = ()
+    """(first, end) of what is left out: whole global batches. In any order when given, ascending and apart when read.
+
+    Raises ValueError for a range that is not of whole global batches.
+    """
+
+    def __post_init__(self) -> None:
+        merged: list[tuple[int, int]] = []
+        for first, end in sorted(self.skipped):
+            if not 0 <= first < end or first % self.global_batch_sequences or end % self.global_batch_sequences:
+                raise ValueError(
+                    f"samples {first} to {end} cannot be left out: they are not whole global batches of "
+                    f"{self.global_batch_sequences} samples"
+                )
+            if merged and first <= merged[-1][1]:
+                first, end = merged[-1][0], max(end, merged.pop()[1])
+            merged.append((first, end))
+        object.__setattr__(self, "skipped", tuple(merged))
+
+    def first(self, step: int) -> int:
+        """Position of the first sample of step `step` (the first is 1)."""
+        position = (step - 1) * self.global_batch_sequences
+        for first, end in self.skipped:
+            if first > position:
+                break
+            position += end - first
+        return position
+
+    def of_steps(self, first_step: int, last_step: int) -> tuple[int, int]:
+        """(first, end) of the samples of these steps, with what is left out between them."""
+        return self.first(first_step), self.first(last_step) + self.global_batch_sequences
+
+
 class Rows(Protocol):
     """n sequences of L tokens: int64 [n, L] each, the mask bool [n, L]."""
 

@@ -16,6 +16,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -218,6 +219,71 @@ def loss_scale(engine: Any) -> float:
 def gradient_norm(engine: Any) -> float:
     """L2 norm of the last step's gradient over all parameters and ranks, before clipping."""
     return float(engine.get_global_grad_norm())
+
+
+def gradient_square(engine: Any) -> float:
+    """Sum of squares, in fp32, of this rank's part of the reduced gradient, before the update; not finite if it is not.
+
+    The parts of all ranks make the whole. In fp16 the gradient still carries the loss scale.
+    """
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in _gradients(engine.optimizer)]
+    return float(torch.stack(squares).sum()) if squares else 0.0
+
+
+def _gradients(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's part of the gradient: where each of DeepSpeed's optimizers holds it between backward and update."""
+    if isinstance(optimizer, BF16_Optimizer):  # stage 1 in bf16
+        return list(optimizer.get_grads_for_norm(for_clipping=True))
+    third = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    if optimizer.offload_optimizer if third else optimizer.cpu_offload:
+        if not third:
+            optimizer._wait_for_offload_copies()
+        flats = optimizer.fp32_partitioned_groups_flat if third else optimizer.single_partition_of_fp32_groups
+        return [flat.grad for flat in flats]
+    return [g for group in optimizer.averaged_gradients.values() for g in group or () if g is not None]
+
+
+def discard_gradients(engine: Any) -> None:
+    """End an optimizer step without an update: weights, moments and loss scale stay, `engine.skipped_steps` grows by 1.
+
+    DeepSpeed's optimizers do this when their own check, which not all of them make in every precision, finds an
+    overflow; here it is told to find one.
+    """
+    optimizer = engine.optimizer
+
+    def overflow(*_: Any, **__: Any) -> None:
+        optimizer.overflow = True
+
+    def drop() -> None:
+        overflow()
+        optimizer._global_grad_norm = float("inf")
+        optimizer.clear_hp_grads()
+        optimizer.clear_lp_grads()
+
+    if isinstance(optimizer, BF16_Optimizer):
+        changed: dict[str, Any] = {"step": drop}
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        changed = {"_overflow_check_and_loss_scale_update": overflow}
+    else:
+        changed = {"check_grad_overflow": True, "check_overflow": overflow}
+    changed["_update_scale"] = lambda *_: None
+    kept = {name: vars(optimizer)[name] for name in changed if name in vars(optimizer)}
+    vars(optimizer).update(changed)
+    try:
+        engine.step()
+    finally:
+        for name in changed:
+            del vars(optimizer)[name]
+        vars(optimizer).update(kept)
+
+
+def lower_loss_scale(engine: Any) -> bool:
+    """Lower a dynamic fp16 loss scale after an overflow; False where there is none or it is at its minimum."""
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False) or scaler.cur_scale <= scaler.min_scale:
+        return False
+    scaler.update_scale(True)
+    return True
 
 
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:

@@ -53,6 +53,11 @@ class MetricsWriter:
         self._run = run
         self._total_steps = total_steps
         self._console_every_steps = console_every_steps
+        self._open(resumed_step)
+        self._recent: deque[float] = deque([time.monotonic()], maxlen=21)
+
+    def _open(self, resumed_step: int) -> None:
+        run = self._run
         path = run.path / "metrics.jsonl"
         _drop_lines_after(path, resumed_step)
         self._file = path.open("ab", buffering=0)
@@ -64,7 +69,11 @@ class MetricsWriter:
         purge_step = resumed_step + 1 if resumed_step else 0
         self._board: SummaryWriter | None = self._open_board(purge_step)
         self._step = resumed_step
-        self._recent: deque[float] = deque([time.monotonic()], maxlen=21)
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step`, as a resume there does: what was written for later steps is dropped."""
+        self.close()
+        self._open(step)
 
     def _open_board(self, purge_step: int) -> SummaryWriter:
         return SummaryWriter(str(self._run.path / "tensorboard"), purge_step=purge_step, flush_secs=10)
@@ -162,6 +171,19 @@ def steps_after(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     return sum(1 for record in _records(path) if record["step"] > step)
+
+
+def recent_losses(path: Path, count: int) -> tuple[list[tuple[int, float]], int]:
+    """The last `count` (step, loss) of metrics.jsonl with a finite loss, and how many steps in a row up to the newest
+    were skipped."""
+    losses: deque[tuple[int, float]] = deque(maxlen=count)
+    in_a_row = skipped = 0
+    for record in _records(path) if path.exists() else ():
+        in_a_row = in_a_row + 1 if record["train/skipped_steps"] > skipped else 0
+        skipped = record["train/skipped_steps"]
+        if record["train/loss"] is not None:
+            losses.append((record["step"], record["train/loss"]))
+    return list(losses), in_a_row
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

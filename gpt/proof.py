@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpt import distributed
+from gpt.batch import BatchPositions
 from gpt.checkpoint.format import STEP_PATTERN, Manifest
 from gpt.checkpoint.probe import check_probe
 from gpt.checkpoint.read import NORM_TOLERANCE, CheckpointReader
@@ -114,7 +115,7 @@ def compare_learning_rate(manifest: Manifest, schedule: Schedule, recipe: Recipe
 
 def expected_samples(manifest: Manifest, recipe: Recipe) -> int:
     """Position in the data order at which the step after the checkpoint's begins."""
-    return manifest.step * recipe.global_batch_sequences
+    return BatchPositions(recipe.global_batch_sequences, tuple(manifest.skipped_samples)).first(manifest.step + 1)
 
 
 def compare_position(manifest: Manifest, recipe: Recipe, stream: Any) -> Findings:
@@ -141,7 +142,7 @@ def compare_position(manifest: Manifest, recipe: Recipe, stream: Any) -> Finding
 
 def _compare_probe(manifest: Manifest, engine: Any, ranks: Ranks, precision: str) -> Findings:
     if manifest.probe is None:
-        return [], ["the checkpoint has no logits of the engine that wrote it"]
+        return ["no logits were recorded, as they were not finite"], []
     if manifest.precision != precision:
         return [f"logits not compared, recorded in {manifest.precision}"], []
 

@@ -218,7 +218,8 @@ class Checkpoint(Section):
     """When checkpoints are written and which are kept. One is always written at the end."""
 
     every_steps: PositiveInt | None = None
-    """Write one each so many steps. null: only at the end."""
+    """Write one each so many steps. null: only at the end. One that is due amid skipped steps or loss spikes (see
+    divergence) is written after the next ordinary step."""
     keep_last: PositiveInt = 3
     """Keep the newest so many."""
     keep_every_steps: PositiveInt | None = None
@@ -235,6 +236,24 @@ class Checkpoint(Section):
     """A save has failed when the other ranks' files are not there so long after rank 0's own."""
     max_failed_saves: PositiveInt = 3
     """Stop the run when so many saves in a row have failed. Until then training goes on, and the next one is tried."""
+
+
+class Divergence(Section):
+    """What happens when numbers are not finite or the loss jumps. A step whose loss or gradient is not finite never
+    changes the weights; these fields say when the run goes back to its newest checkpoint and leaves samples out."""
+
+    skipped_steps: PositiveInt = 10
+    """Go back after so many steps in a row whose loss or gradient was not finite; the samples of these are left out."""
+    spike_z_score: PositiveFloat | None = 10.0
+    """A loss is a spike when it is above the median of the last losses by so many standard deviations, estimated as
+    1.4826 times their median absolute deviation, but not as less than 1 % of the median. null: no spikes are sought."""
+    spike_steps: PositiveInt = 3
+    """Go back after so many spikes in a row, once there is a checkpoint; the samples of these steps are left out."""
+    spike_window_steps: Annotated[Int, Field(ge=8)] = 100
+    """How many finite losses make the median. They are counted anew after the warm-up and in each of data.stages, and
+    nothing is a spike before there are so many."""
+    rollbacks: Annotated[Int, Field(ge=0)] = 3
+    """How often a run goes back, over all its starts; the next time it stops."""
 
 
 class Evaluate(Section):
@@ -287,6 +306,8 @@ class Recipe(Section):
     compilation takes longer than short runs gain."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written and which are kept."""
+    divergence: Divergence = Divergence()
+    """What happens when numbers are not finite or the loss jumps."""
     evaluate: Evaluate = Evaluate()
     """Validation while training."""
     logging: Logging = Logging()

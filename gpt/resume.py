@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt import distributed
-from gpt.checkpoint.format import DamagedFileError, list_step_folders
+from gpt.checkpoint.format import DamagedFileError, Manifest, list_step_folders
 from gpt.checkpoint.load import load_into_engine, restore_random_state
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
 from gpt.distributed import Ranks, ShardedState
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from gpt.train import RunPlan
 
 
-def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owner: RunDirectory | None) -> int:
-    """Load the run's newest good checkpoint, or the weights of another run that it goes on from; returns the step.
+def resume(
+    plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owner: RunDirectory | None
+) -> Manifest | None:
+    """Load the run's newest good checkpoint, whose manifest is returned, or the weights of another run to begin with.
 
     Raises:
         ValueError: the data is not the checkpoint's, nothing that was written can be loaded, or the resume proof fails.
     """
     recipe, started = plan.recipe, time.perf_counter()
-    loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
-    if loaded is None:
+    newest = load_newest(plan, engine, state, ranks)
+    if newest is None:
         if recipe.model.pretrained is None or not is_run_directory(recipe.model.pretrained):
-            return 0
+            return None
         source = Path(recipe.model.pretrained)
         loaded = _load_newest(source, state, ranks, weights_only=True)
         if loaded is None:
@@ -38,16 +40,8 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
         if owner is not None:
             owner.write_event("weights loaded", source=str(source), step=loaded.manifest.step, proof=line)
             print(f"weights of {source}, step {loaded.manifest.step}. {line}", flush=True)
-        return 0
-    manifest, seconds = loaded.manifest, time.perf_counter() - started
-    if manifest.data_fingerprint != plan.training.fingerprint:
-        raise ValueError(
-            f"the data under data.train is not what this run was trained on (fingerprint {plan.training.fingerprint}, "
-            f"the checkpoint's {manifest.data_fingerprint}): restore it, or start a new run with --fork NEW_NAME"
-        )
-    restore_random_state(loaded, ranks, recipe.train.seed)
-    engine.skipped_steps = manifest.skipped_steps
-    line = prove(loaded, plan, engine, state, ranks, weights_only=False)
+        return None
+    (manifest, line), seconds = newest, time.perf_counter() - started
     if owner is not None:
         lost = steps_after(owner.path / "metrics.jsonl", manifest.step)
         owner.write_event(
@@ -59,7 +53,38 @@ def resume(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks, owne
             proof=line,
         )
         print(f"resumed at step {manifest.step}, written by {manifest.world_size} ranks. {line}", flush=True)
-    return manifest.step
+    return manifest
+
+
+def load_newest(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks) -> tuple[Manifest, str] | None:
+    """Put the engine, at the start or in the middle of a run, into the state of the run's newest good checkpoint.
+
+    Returns the checkpoint's manifest and the line of its proof, None where there is no checkpoint. Raises as `resume`.
+    """
+    recipe = plan.recipe
+    loaded = _load_newest(recipe.run_directory(), state, ranks, weights_only=False)
+    if loaded is None:
+        return None
+    manifest = loaded.manifest
+    if manifest.data_fingerprint != plan.training.fingerprint:
+        raise ValueError(
+            f"the data under data.train is not what this run was trained on (fingerprint {plan.training.fingerprint}, "
+            f"the checkpoint's {manifest.data_fingerprint}): restore it, or start a new run with --fork NEW_NAME"
+        )
+    restore_random_state(loaded, ranks, recipe.train.seed)
+    engine.skipped_steps = manifest.skipped_steps
+    return manifest, prove(loaded, plan, engine, state, ranks, weights_only=False)
+
+
+def samples_left_out(manifest: Manifest | None, owner: RunDirectory | None) -> tuple[list[tuple[int, int]], int]:
+    """(first, end) positions of the samples that the run leaves out, by its checkpoint and by its events (a kill may
+    have come before the next checkpoint), and how often it went back; the same on every rank, from rank 0."""
+    found = None
+    if owner is not None:
+        ranges = [(event["first"], event["end"]) for event in owner.events("samples skipped")]
+        found = ranges + (manifest.skipped_samples if manifest else []), len(owner.events("rollback"))
+    result: tuple[list[tuple[int, int]], int] = distributed.broadcast(found)
+    return result
 
 
 def _load_newest(run: Path, state: ShardedState, ranks: Ranks, *, weights_only: bool) -> CheckpointReader | None:

@@ -26,7 +26,7 @@ STALE_SECONDS = 60.0
 
 FREE_FIELDS = (
     "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile",
-    "gradient_checkpointing", "checkpoint", "evaluate", "logging",
+    "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging",
 )  # fmt: skip
 ANNOUNCED_FIELDS = (
     "train.tokens", "train.steps", "train.epochs", "optimizer.learning_rate", "optimizer.schedule",
@@ -167,13 +167,14 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def count_events(self, kind: str) -> int:
-        """Events of one kind over all starts."""
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind over all starts, oldest first; a line that a full disk cut short is none."""
         file = self.path / "events.jsonl"
-        if not file.exists():
-            return 0
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return sum(1 for line in lines if line.startswith("{") and f'"event": "{kind}"' in line)
+        found = []
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return [event for event in found if event["event"] == kind]
 
     def write_file(self, name: str, content: str) -> None:
         """Replace a small file of the directory atomically."""

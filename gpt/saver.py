@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from gpt import distributed
-from gpt.batch import MicroBatch
+from gpt.batch import BatchPositions, MicroBatch
 from gpt.checkpoint.format import Greedy, Probe, rank_file_name, temporary_checkpoint_directory
 from gpt.checkpoint.probe import make_probe
 from gpt.checkpoint.retention import apply_retention
@@ -157,7 +157,14 @@ class Saver:
         """Whether a save is under way whose probe is still to come."""
         return self._save is not None and not self._save.has_probe
 
-    def begin(self, step: int, skipped_steps: int, greedy: Greedy | None, evaluate_loss: float | None) -> None:
+    def begin(
+        self,
+        step: int,
+        skipped_steps: int,
+        positions: BatchPositions,
+        greedy: Greedy | None,
+        evaluate_loss: float | None,
+    ) -> None:
         """Save what the engine holds now. A save that is still under way is awaited first.
 
         Raises ValueError as `hear` does.
@@ -173,7 +180,8 @@ class Saver:
                 fields = self._fixed | {
                     "step": step,
                     "tokens": step * recipe.train.global_batch_tokens,
-                    "samples_consumed": step * recipe.global_batch_sequences,
+                    "samples_consumed": positions.first(step + 1),
+                    "skipped_samples": positions.skipped,
                     "skipped_steps": skipped_steps,
                     "optimizer": optimizer_entry(self._state),
                     "evaluate_loss": evaluate_loss,

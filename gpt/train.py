@@ -193,7 +193,7 @@ def _run_claimed(
     from gpt.metrics import flops_per_token, measure_matmul_flops
     from gpt.model import DTYPES, count_parameters, draws_random_numbers
     from gpt.optimizer import build_optimizer
-    from gpt.resume import resume
+    from gpt.resume import load_newest, resume, samples_left_out
     from gpt.saver import Saver
     from gpt.trainer import BatchSource, Trainer
 
@@ -209,7 +209,9 @@ def _run_claimed(
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
     torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
-    resumed = resume(plan, engine, state, ranks, owner)
+    manifest = resume(plan, engine, state, ranks, owner)
+    resumed = manifest.step if manifest is not None else 0
+    left_out, rollbacks = samples_left_out(manifest, owner)
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
     metrics = None
     if owner is not None:
@@ -232,11 +234,12 @@ def _run_claimed(
         metrics=metrics,
         engine=engine,
         ranks=ranks,
-        batches=BatchSource(plan.training, plan.batch, ranks, recipe.data.workers),
+        batches=BatchSource(plan.training, plan.batch, ranks, recipe.data.workers, left_out),
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
         saver=saver,
+        load=lambda: load_newest(plan, engine, state, ranks),
         stop_requested=stop_requested,
         uncompiled=uncompiled,
         flops_per_token=flops_per_token(
@@ -245,6 +248,7 @@ def _run_claimed(
         peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
         first_step=resumed + 1,
         restarts=generation - 1,
+        rollbacks=rollbacks,
     )
     _check_isolation(plan, trainer)
     if owner is not None and resumed >= plan.schedule.total_steps:

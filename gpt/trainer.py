@@ -5,10 +5,11 @@ the run that was never stopped.
 """
 
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +18,12 @@ import torch
 import xxhash
 
 from gpt import distributed
-from gpt.batch import BatchPlan, MicroBatch, Rows, micro_batches
+from gpt.batch import BatchPlan, BatchPositions, MicroBatch, Rows, micro_batches
+from gpt.checkpoint.format import Manifest
 from gpt.distributed import Ranks
+from gpt.divergence import Fault, LossWatch, Origin, RandomState, first_non_finite, random_state, set_random_state
 from gpt.loss import cross_entropy_sum, loss_for_backward
-from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib
+from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib, recent_losses
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory
@@ -37,8 +40,16 @@ class SampleStream(Protocol):
 class BatchSource:
     """The global batches of a run as this rank sees them; `workers` threads make the next ones ready, one each."""
 
-    def __init__(self, stream: SampleStream, batch: BatchPlan, ranks: Ranks, workers: int = 1) -> None:
+    def __init__(
+        self,
+        stream: SampleStream,
+        batch: BatchPlan,
+        ranks: Ranks,
+        workers: int = 1,
+        skipped: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self._stream, self._batch, self._ranks, self._workers = stream, batch, ranks, workers
+        self.positions = BatchPositions(batch.global_batch_sequences, tuple(skipped))
         self._threads = ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="batches")
         self._ready: dict[int, Future[list[MicroBatch]]] = {}
 
@@ -52,14 +63,18 @@ class BatchSource:
 
     def first_row(self, step: int) -> MicroBatch:
         """The first sequence of a step's global batch, the same on every rank."""
-        position = (step - 1) * self._batch.global_batch_sequences
+        position = self.positions.first(step)
         return micro_batches(self._stream.rows(range(position, position + 1)), 1, 1, self._ranks.device)[0]
 
     def digest(self, step: int) -> str:
         """xxh3 of the sample ids of a step's global batch."""
-        count = self._batch.global_batch_sequences
-        ids = self._stream.sample_ids((step - 1) * count, count)
+        ids = self._stream.sample_ids(self.positions.first(step), self._batch.global_batch_sequences)
         return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, "<u8").tobytes())
+
+    def leave_out(self, samples: tuple[int, int]) -> None:
+        """From now on pass over the samples of these positions (first, end); what was read ahead is dropped."""
+        self.positions = replace(self.positions, skipped=(*self.positions.skipped, samples))
+        self._ready = {}
 
     def close(self) -> None:
         """End the threads."""
@@ -67,7 +82,7 @@ class BatchSource:
 
     def _make(self, step: int) -> list[MicroBatch]:
         first, end = self._batch.rank_range(self._ranks.rank)
-        start = (step - 1) * self._batch.global_batch_sequences
+        start = self.positions.first(step)
         rows, plan = self._stream.rows(range(start + first, start + end)), self._batch
         return micro_batches(rows, plan.accumulation_steps, plan.rows_per_forward, self._ranks.device)
 
@@ -105,11 +120,18 @@ class Trainer:
     uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
+    load: Callable[[], tuple[Manifest, str] | None] = lambda: None
+    """Puts the engine into the state of the newest good checkpoint: its manifest, and the line of its proof."""
     first_step: int = 1
     restarts: int = 0
+    rollbacks: int = 0
 
     def __post_init__(self) -> None:
         self._stop_at = self.schedule.total_steps
+        self._loaded_step = self.first_step - 1
+        self._watch = self._new_watch()
+        self._fault: Fault | None = None
+        self._postponed = False
         self.stopped_at: int | None = None
         """The last step before a requested stop; None where nobody asked for one."""
 
@@ -119,24 +141,29 @@ class Trainer:
         When a rank was asked to stop, all ranks save what they have and leave before the next step.
 
         Raises:
-            ValueError: the loss is not finite, or the last checkpoint cannot be written.
+            ValueError: the run has diverged and cannot go back, or the last checkpoint cannot be written.
         """
+        self._restore_watch()
+        step = self.first_step - 1
         try:
-            for step in range(self.first_step, self.schedule.total_steps + 1):
+            while step < self.schedule.total_steps:
+                step += 1
                 self._phase(f"step {step}")
                 batch = self.take(step)
                 if batch.stop:
                     self._stop(step - 1)
                     break
-                self._do_step(step, batch)
-        except ValueError:
+                step = self._do_step(step, batch)
+        except (ValueError, OSError):
             self.saver.leave()
             raise
         self.batches.close()
 
-    def _do_step(self, step: int, batch: "StepBatch") -> None:
-        """Train, and evaluate, record and save where it is due."""
+    def _do_step(self, step: int, batch: "StepBatch") -> int:
+        """Train, and evaluate, record and save where it is due. Returns the step after which the run goes on."""
         record, evaluation = self.train_step(step, batch), None
+        if self._fault is not None:
+            return self._roll_back(step, self._fault)
         if self.evaluate is not None and self._is_due(step, self.recipe.evaluate.every_steps):
             self._phase(f"evaluation at step {step}")
             evaluation = self.evaluate(self)
@@ -145,8 +172,12 @@ class Trainer:
                 self.metrics.write_text("evaluate/sample", evaluation.sample_text, step)
         if self.metrics is not None:
             self.metrics.write(step, record)
-        if self._is_due(step, self.recipe.checkpoint.every_steps):
+        save = self._postponed or self._is_due(step, self.recipe.checkpoint.every_steps)
+        # what a run goes back to has to be good: nothing is saved amid skipped steps or spikes, but at the end
+        self._postponed = save and self._watch.suspicious and step != self._stop_at
+        if save and not self._postponed:
             self._save(step, evaluation)
+        return step
 
     def take(self, step: int) -> "StepBatch":
         """This rank's part of a global batch, and what all ranks must know of it, in one collective."""
@@ -165,7 +196,7 @@ class Trainer:
             self.owner.write_event("stop requested", step=step)
         if self.saver.begun_step == step:
             self._finish_save(step)
-        elif step >= self.first_step and self.saver.committed_step != step:
+        elif step > self._loaded_step and self.saver.committed_step != step:
             self._save(step, None)
 
     def train_step(self, step: int, batch: "StepBatch") -> Record:
@@ -176,29 +207,131 @@ class Trainer:
             raise ValueError(f"the global batch of step {step} has no target token: nothing can be learned from it")
         learning_rate = self.schedule.learning_rate(max(1, step - self.engine.skipped_steps))
         distributed.set_learning_rate(self.engine, learning_rate)
+        random = random_state(self.ranks.device)
+        loss_sum = self._accumulate(forwards, target_tokens)
+        # Its own processor time: on a CPU a rank sleeps while it waits for another one. A GPU's host tells nothing.
+        busy = time.process_time() - busy if self.ranks.device.type == "cpu" else 0.0
+        square = distributed.gradient_square(self.engine)
+        stall, self.saver.stall_seconds = self.saver.stall_seconds, 0.0
+        mine = [float(loss_sum), square, busy, batch.data_wait_seconds, peak_memory_gib(self.ranks.device), stall]
+        everyone = distributed.gather_floats(mine, self.ranks)
+        loss = float(everyone[:, 0].sum()) / target_tokens
+        # DeepSpeed sums the squares in fp32, too
+        if np.isfinite(loss) and everyone[:, 1].sum() < np.finfo(np.float32).max:
+            self.engine.step()
+        else:
+            distributed.discard_gradients(self.engine)
+        applied = self.engine.was_step_applied()
+        self._fault = self._watch.see(step, loss, applied=applied, can_go_back=self._can_go_back())
+        if not applied:
+            self._explain_skip(step, batch, loss, random)
+        return self._record(step, loss, target_tokens, learning_rate, time.perf_counter() - started, everyone)
+
+    def _accumulate(self, forwards: list[MicroBatch], target_tokens: int) -> torch.Tensor:
+        """The forwards and backwards of one step, whose gradient then waits for the update; this rank's loss sum."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         self.engine.train()
-        for index, forward in enumerate(forwards, start=1):
+        for number, forward in enumerate(forwards):
+            if number:
+                self.engine.step()  # no update yet: by these calls DeepSpeed counts its micro-batches
             logits = self.forward(forward.input_ids, forward.position_ids)
             self.saver.give_probe(logits, forward)
             part = cross_entropy_sum(logits, forward.targets, forward.mask)
             self.engine.backward(loss_for_backward(part, target_tokens, self.ranks.world_size), scale_wrt_gas=False)
-            if index == len(forwards):
-                self.saver.wait_copied()
-            self.engine.step()
             loss_sum += part.detach()
-        # Its own processor time: on a CPU a rank sleeps while it waits for another one. A GPU's host tells nothing.
-        busy = time.process_time() - busy if self.ranks.device.type == "cpu" else 0.0
-        stall, self.saver.stall_seconds = self.saver.stall_seconds, 0.0
-        mine = [float(loss_sum), busy, batch.data_wait_seconds, peak_memory_gib(self.ranks.device), stall]
-        everyone = distributed.gather_floats(mine, self.ranks)
-        loss = float(everyone[:, 0].sum()) / target_tokens
-        if not np.isfinite(loss):
+        self.saver.wait_copied()
+        return loss_sum
+
+    def _explain_skip(self, step: int, batch: "StepBatch", loss: float, random: RandomState) -> None:
+        """Say why a step was skipped: in an event and a line.
+
+        A gradient that overflows in fp16 while the loss scale can be lowered is ordinary, unless it goes on for too
+        long. For all else the step's micro-batches are run once more to find where it began.
+        """
+        seconds = time.perf_counter() - batch.started
+        reason = "the gradient is not finite" if np.isfinite(loss) else f"the loss is {loss}"
+        details: dict[str, Any] = {"loss_scale": distributed.loss_scale(self.engine)}
+        if np.isfinite(loss) and self._fault is None and distributed.lower_loss_scale(self.engine):
+            reason += f": an overflow at the fp16 loss scale {details['loss_scale']:g}"
+        elif origin := self._find_origin(batch, random):
+            reason += f"; first not finite was {origin}"
+            details |= asdict(origin)
+        else:
+            reason += "; run again, the same batch gave finite values"
+        if self.owner is not None:
+            self.owner.write_event("step skipped", step=step, reason=reason, seconds=seconds, **details)
+            print(f"step {step} is skipped: {reason}", flush=True)
+
+    def _find_origin(self, batch: "StepBatch", random: RandomState) -> Origin | None:
+        """Run a step's micro-batches once more, from the same random state, uncompiled and without effect: where, on
+        any rank, a value was first not finite."""
+        now, skipped_steps = random_state(self.ranks.device), self.engine.skipped_steps
+        set_random_state(random, self.ranks.device)
+        with self.uncompiled(), first_non_finite(self.engine.module, self.ranks.rank) as found:
+            self._accumulate(batch.forwards, batch.target_tokens)
+        distributed.discard_gradients(self.engine)
+        self.engine.skipped_steps = skipped_steps
+        set_random_state(now, self.ranks.device)
+        everyone = distributed.gather_objects(found, self.ranks)
+        return min((origin for mine in everyone for origin in mine), default=None)
+
+    def _new_watch(self) -> LossWatch:
+        ends = [stage.until_tokens for stage in self.recipe.data.stages if stage.until_tokens is not None]
+        length, warmup_steps = self.recipe.data.sequence_length, self.recipe.optimizer.warmup_steps
+
+        def stage(step: int) -> int:
+            return bisect_right(ends, self.batches.positions.first(step) * length)
+
+        return LossWatch(self.recipe.divergence, warmup_steps, stage)
+
+    def _restore_watch(self) -> None:
+        """The watch as it was after the newest step of metrics.jsonl: on rank 0's word, since the file is its own."""
+        self._watch, self._fault, self._postponed = self._new_watch(), None, False
+        past = recent_losses(self.run / "metrics.jsonl", self._watch.memory_steps) if self.ranks.is_first else None
+        self._watch.restore(*distributed.broadcast(past))
+
+    def _roll_back(self, step: int, fault: Fault) -> int:
+        """Go back to the newest good checkpoint, without the samples of the steps at fault; returns its step.
+
+        Raises:
+            ValueError: the run went back as often as the recipe allows, or there is no checkpoint.
+        """
+        started = time.perf_counter()
+        self._phase(f"rollback at step {step}")
+        may = self.rollbacks < self.recipe.divergence.rollbacks
+        self.saver.finish()  # what is read here is the newest that is committed
+        loaded = self.load() if may else None
+        if loaded is None:
+            why = "there is no checkpoint to go back to"
+            if not may:
+                why = f"divergence.rollbacks allows no more after {self.rollbacks} of them; the checkpoints are good"
+            if self.owner is not None:
+                self.owner.write_event("diverged", step=step, reason=f"{fault.reason}; {why}")
             raise ValueError(
-                f"the loss of step {step} is {loss}: the run stops, its last checkpoint is good. Lower "
-                f"optimizer.learning_rate or lengthen optimizer.warmup_steps"
+                f"step {step}: {fault.reason}, and {why}. The run stops: lower optimizer.learning_rate, lengthen "
+                f"optimizer.warmup_steps, or look at the samples of these steps"
             )
-        return self._record(step, loss, target_tokens, learning_rate, time.perf_counter() - started, everyone)
+        saved, proof = loaded[0].step, loaded[1]
+        steps = max(fault.first_step, saved + 1), step
+        samples = self.batches.positions.of_steps(*steps)
+        self.batches.leave_out(samples)
+        self.rollbacks += 1
+        self._loaded_step = saved
+        if self.owner is not None and self.metrics is not None:
+            # the samples first: a kill between the two must not bring them back
+            self.owner.write_event("samples skipped", first=samples[0], end=samples[1], steps=steps)
+            seconds = time.perf_counter() - started
+            self.owner.write_event(
+                "rollback", step=saved, steps_lost=step - saved, reason=fault.reason, seconds=seconds, proof=proof
+            )
+            self.metrics.rewind(saved)
+            print(
+                f"step {step}: {fault.reason}. The run goes back to step {saved} and leaves out samples {samples[0]:,} "
+                f"to {samples[1] - 1:,}, those of steps {steps[0]} to {steps[1]}",
+                flush=True,
+            )
+        self._restore_watch()
+        return saved
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Logits [rows, tokens, vocabulary] of int64 [rows, tokens] each, by the engine in its present mode.
@@ -217,7 +350,7 @@ class Trainer:
         flops = tokens / seconds * self.flops_per_token
         # on a busy machine the peak may have been measured too low: what was reached is a lower bound of it
         self.peak_flops = max(self.peak_flops, flops)
-        busy = everyone[:, 1]
+        busy = everyone[:, 2]
         return {
             "train/loss": loss,
             "train/gradient_norm": distributed.gradient_norm(self.engine),
@@ -229,18 +362,21 @@ class Trainer:
             "performance/tokens_per_second": tokens / seconds,
             "performance/model_flops_utilization": flops / self.peak_flops if flops else None,
             "performance/step_seconds": seconds,
-            "performance/data_wait_seconds": float(everyone[:, 2].max()),
-            "performance/checkpoint_stall_seconds": float(everyone[:, 4].max()),
+            "performance/data_wait_seconds": float(everyone[:, 3].max()),
+            "performance/checkpoint_stall_seconds": float(everyone[:, 5].max()),
             "performance/slowest_rank_ratio": float(busy.max() / busy.mean()) if busy.any() else None,
             "checkpoint/seconds_since_commit": time.monotonic() - self.saver.committed_at,
             "checkpoint/bytes": self.saver.size_bytes,
             "checkpoint/failed_saves": self.saver.failed_saves,
             "run/restarts": self.restarts,
-            "run/rollbacks": self.owner.count_events("rollback") if self.owner else 0,
-            "memory/peak_gib": float(everyone[:, 3].max()),
+            "run/rollbacks": self.rollbacks,
+            "memory/peak_gib": float(everyone[:, 4].max()),
             **host_metrics(self.run),
             "sample_digest": self.batches.digest(step),
         }
+
+    def _can_go_back(self) -> bool:
+        return self._loaded_step > 0 or self.saver.committed_step > 0 or self.saver.begun_step is not None
 
     def _is_due(self, step: int, every_steps: int | None) -> bool:
         return step == self._stop_at or (every_steps is not None and step % every_steps == 0)
@@ -254,7 +390,7 @@ class Trainer:
         self._phase(f"checkpoint at step {step}")
         greedy = evaluation.greedy if evaluation is not None else None
         loss = evaluation.loss if evaluation is not None else None
-        self.saver.begin(step, self.engine.skipped_steps, greedy, loss)
+        self.saver.begin(step, self.engine.skipped_steps, self.batches.positions, greedy, loss)
         if step == self._stop_at:
             self._finish_save(step)
         elif not self.saver.probe_from_training:

@@ -121,7 +121,9 @@ class Manifest(_Strict):
     `model_config_dict` is the transformers configuration; its key in the file is `model_config`, an attribute that
     pydantic keeps for itself. `norms[parameter][state]` is the L2 norm of the whole tensor. `evaluate_loss` is
     the validation loss of this step, where there was an evaluation. With `weights_only` the optimizer's moments and the
-    random states were deleted: no run can resume here.
+    random states were deleted: no run can resume here. `samples_consumed` is the position
+    in the data order at which the next step begins, and `skipped_samples` are the `(first, end)` positions that the run
+    leaves out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -130,6 +132,7 @@ class Manifest(_Strict):
     step: int
     tokens: int
     samples_consumed: int
+    skipped_samples: list[tuple[int, int]] = []
     skipped_steps: int = 0
     data_fingerprint: str
     data_kind: Literal["text", "chat", "mixed"]

@@ -84,6 +84,33 @@ def test_every_shape_and_number_of_workers_gives_the_same_batches(tmp_path: Path
             assert read_steps(data, 7, 8, shape, workers, range(1, 15)) == expected, (shape, workers)
 
 
+def test_samples_are_left_out_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    """What was read ahead of them is dropped; batches, digests and first rows are those of a run that left them out
+    from the start."""
+    data = counting_data(tmp_path / "data", 50)
+    stream, batch, ranks = (
+        TrainingStream([(data, 1.0)], LENGTH, 7),
+        plan_batch(8, 4, 2),
+        Ranks(1, 2, torch.device("cpu")),
+    )
+    for workers in WORKERS:
+        live = BatchSource(stream, batch, ranks, workers)
+        unseen = BatchSource(stream, batch, ranks, workers, [(24, 40)])
+        for step in (1, 2, 3, 4, 5):
+            live.take(step)
+        samples = live.positions.of_steps(4, 5)
+        assert samples == (24, 40)
+        live.leave_out(samples)
+        for step in (3, 4, 5, 6):
+            for mine, theirs in zip(live.take(step), unseen.take(step), strict=True):
+                assert torch.equal(mine.input_ids, theirs.input_ids)
+            assert live.digest(step) == unseen.digest(step)
+            assert torch.equal(live.first_row(step).input_ids, unseen.first_row(step).input_ids)
+        assert live.digest(4) == BatchSource(stream, batch, ranks).digest(6)
+        live.close()
+        unseen.close()
+
+
 def test_workers_read_so_many_batches_ahead_and_no_further(tmp_path: Path) -> None:
     data = counting_data(tmp_path / "data", 50)
     asked: list[int] = []

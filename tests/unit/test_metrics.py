@@ -11,7 +11,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from gpt.metrics import MetricsWriter, Record, flops_per_token, host_metrics, measure_matmul_flops, peak_memory_gib
+from gpt.metrics import (
+    MetricsWriter,
+    Record,
+    flops_per_token,
+    host_metrics,
+    measure_matmul_flops,
+    peak_memory_gib,
+    recent_losses,
+)
 from gpt.run_directory import RunDirectory, SupersededError
 
 
@@ -104,6 +112,32 @@ def test_tensorboard_starts_over_where_no_checkpoint_was_reached(run: RunDirecto
     assert [(event.step, event.value) for event in board(run).Scalars("train/loss")] == [(1, 2.0), (2, 2.0)]
     assert shown(run, "train/loss") == [(1, 2.0), (2, 2.0)]
     assert shown(run, "recipe/text_summary") == [(0, "    name: run")]
+
+
+def test_a_writer_that_is_rewound_drops_the_later_steps(run: RunDirectory) -> None:
+    writer = MetricsWriter(run, 0, 100, 100)
+    for step in range(1, 8):
+        writer.write(step, {"train/loss": 4.0})
+    time.sleep(1.1)
+    writer.rewind(4)
+    for step in (5, 6):
+        writer.write(step, {"train/loss": 2.0})
+    writer.close()
+    expected = [(step, 4.0 if step <= 4 else 2.0) for step in range(1, 7)]
+    assert [(record["step"], record["train/loss"]) for record in lines(run)] == expected
+    assert [(event.step, event.value) for event in board(run).Scalars("train/loss")] == expected
+    assert shown(run, "train/loss") == expected
+
+
+def test_recent_losses_are_the_last_finite_ones_and_the_skips_up_to_the_end(run: RunDirectory) -> None:
+    path = run.path / "metrics.jsonl"
+    assert recent_losses(path, 3) == ([], 0)
+    writer = MetricsWriter(run, 0, 100, 100)
+    for step, (loss, skipped) in enumerate([(9.0, 0), (8.0, 1), (7.0, 1), (6.0, 2), (float("nan"), 3)], start=1):
+        writer.write(step, {"train/loss": loss, "train/skipped_steps": skipped})
+    writer.close()
+    assert recent_losses(path, 3) == ([(2, 8.0), (3, 7.0), (4, 6.0)], 2)
+    assert recent_losses(path, 30) == ([(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)], 2)
 
 
 def test_a_text_is_shown_line_by_line_as_it_is(run: RunDirectory) -> None:

@@ -16,7 +16,7 @@ from recipe_samples import make_recipe
 
 import gpt.checkpoint.write as writing
 import gpt.saver
-from gpt.batch import MicroBatch
+from gpt.batch import BatchPositions, MicroBatch
 from gpt.checkpoint.format import checkpoint_directory, list_checkpoints
 from gpt.checkpoint.read import CheckpointReader
 from gpt.distributed import Ranks
@@ -93,7 +93,7 @@ class Group:
 
     def begin(self, step: int, evaluate_loss: float | None = None) -> None:
         for saver in self.savers:
-            saver.begin(step, 0, None, evaluate_loss)
+            saver.begin(step, 0, BatchPositions(8, ()), None, evaluate_loss)
 
     def give_probe(self) -> None:
         batch = MicroBatch(
@@ -285,7 +285,7 @@ def test_a_save_that_is_under_way_is_awaited_by_the_next(group: Group, monkeypat
     group.begin(2)
     group.give_probe()
     threading.Timer(0.3, go.set).start()
-    others = [threading.Thread(target=saver.begin, args=(4, 0, None, None)) for saver in group.savers]
+    others = [threading.Thread(target=saver.begin, args=(4, 0, BatchPositions(8, ()), None, None)) for saver in group.savers]
     for thread in others:
         thread.start()
     for thread in others:
