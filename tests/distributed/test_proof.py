@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from gpt.checkpoint import files
 from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, write_safetensors
+from gpt.checkpoint.format import BLOCK_BYTES as FORMAT_BLOCK_BYTES
 from gpt.checkpoint.format import checkpoint_directory, rank_file_name, read_manifest, write_manifest
 
 BLOCK_BYTES = 4096
@@ -202,8 +203,11 @@ def test_every_loading_is_proved(
 
 
 @pytest.mark.full
-def test_a_start_on_a_changed_checkpoint_ends_with_one_sentence(reference: Runs) -> None:
+def test_a_start_on_a_changed_checkpoint_ends_with_one_sentence(
+    reference: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the command line: of the run itself, and of another one that would go on from its weights."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", FORMAT_BLOCK_BYTES)  # small_blocks, of the whole module, may be in force
     reference.copy("reference", "changed")
     folder = checkpoint_directory(reference.directory("changed"), 20)
     rewrite(folder, scale_weight)
