@@ -45,7 +45,8 @@ def main(recipe_file: Path, out: Path, block_bytes: int, names: list[str]) -> No
         outcome: dict[str, Any] = {}
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             try:
-                outcome["step"] = resume.resume(own, engine, state, ranks, None)
+                manifest = resume.resume(own, engine, state, ranks, None)
+                outcome["step"] = manifest.step if manifest is not None else 0
             except ValueError as error:
                 outcome["error"] = str(error)
         read = readers[-1].bytes_read if readers else 0

@@ -142,7 +142,6 @@ def mutations(small_blocks: Runs) -> dict[str, str]:
         checkpoint_directory(runs.directory("step-everywhere"), 11)
     )
     mutate("position", "the checkpoint is at sample 81, but step 10 at 80", samples_consumed=81)
-    mutate("no-probe", "the checkpoint has no logits", probe=None)
     mutate("other-loss", "loss", probe=manifest.probe.model_copy(update={"loss": 3.0}))  # type: ignore[union-attr]
     return expected
 

@@ -10,6 +10,7 @@ import torch
 from recipe_samples import make_recipe
 from small_checkpoint import make_model, write_checkpoint
 
+from gpt.batch import MicroBatch
 from gpt.checkpoint.format import Manifest, read_manifest
 from gpt.checkpoint.probe import check_probe, make_probe
 from gpt.optimizer import Schedule
@@ -110,7 +111,8 @@ def test_probe_holds_logits_and_loss() -> None:
     mask = torch.arange(20)[None] > 3
 
     def replay(table: torch.Tensor, **changes: Any) -> tuple[str, bool]:
-        probe = make_probe(lambda ids, _: recorded[ids], ids, positions, ids + 1, mask, None)
+        probe = make_probe(recorded[ids], MicroBatch(ids, ids + 1, positions, mask), None)
+        assert probe is not None
         return check_probe(
             lambda ids, _: table[ids], probe.model_copy(update=changes), torch.device("cpu"), torch.float32
         )

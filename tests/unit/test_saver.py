@@ -285,7 +285,9 @@ def test_a_save_that_is_under_way_is_awaited_by_the_next(group: Group, monkeypat
     group.begin(2)
     group.give_probe()
     threading.Timer(0.3, go.set).start()
-    others = [threading.Thread(target=saver.begin, args=(4, 0, BatchPositions(8, ()), None, None)) for saver in group.savers]
+    others = [
+        threading.Thread(target=saver.begin, args=(4, 0, BatchPositions(8, ()), None, None)) for saver in group.savers
+    ]
     for thread in others:
         thread.start()
     for thread in others:
