@@ -77,6 +77,10 @@ class Model(Section):
     """Weights to go on from: a Hugging Face folder, a hub id, or the directory of another Trainyard run (its newest
     checkpoint; the fp32 master weights are taken, so nothing is lost)."""
 
+    frozen: list[str] = []
+    """Parameters that are not trained: patterns of their names as transformers gives them, for example
+    `model.embed_tokens.*` (`*`, `?` and `[…]` as in file names). A pattern that matches nothing is an error."""
+
     @model_validator(mode="after")
     def _exactly_one(self) -> "Model":
         if (self.config is None) == (self.pretrained is None):
@@ -389,7 +393,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
 def fork_recipe(recipe: Recipe, new_name: str) -> Recipe:
     """The same recipe under a new name that starts at step 0 from the weights of this run's newest checkpoint."""
     content = recipe.model_dump()
-    content |= {"name": new_name, "model": {"pretrained": str(recipe.run_directory())}}
+    content |= {"name": new_name, "model": {"pretrained": str(recipe.run_directory()), "frozen": recipe.model.frozen}}
     if new_name == recipe.name:
         raise ValueError(f"--fork needs a name other than the run's own, {recipe.name}")
     return parse_recipe(content, f"forked as {new_name}")

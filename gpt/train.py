@@ -21,7 +21,7 @@ from data_pipeline.stream import TrainingStream, ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
-from gpt.model import build_config
+from gpt.model import build_config, check_frozen
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe, parse_recipe
 from gpt.run_directory import compare_recipes, stored_recipe
@@ -80,6 +80,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
                 f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the one it was prepared with"
             )
     config = build_config(recipe.model, tokenizer, length)
+    if recipe.model.frozen:
+        check_frozen(recipe.model, config)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
     deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)

@@ -28,12 +28,11 @@ from gpt.checkpoint.format import (
     temporary_checkpoint_directory,
     write_manifest,
 )
-from gpt.distributed import MOMENTS, Ranks, ShardedState
+from gpt.distributed import Ranks, ShardedState
 from gpt.recipe import Checkpoint
 from gpt.run_directory import RunDirectory
 
 TEMPORARY_PATTERN = re.compile(r"\.tmp-step_\d{8,}-g\d{6,}")
-STATES = ("fp32", *MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,6 @@ def _make_folder(folder: Path) -> None:
 
 def _write_rank(folder: Path, state: ShardedState, ranks: Ranks) -> None:
     """This rank's fragments, random state and (rank 0) buffers, and a sidecar that describes the file."""
-    state.ensure_moments()
     tensors: list[TensorToWrite] = []
     ranges: list[tuple[int, int]] = []
     squares: dict[str, dict[str, float]] = {}
@@ -99,11 +97,11 @@ def _write_rank(folder: Path, state: ShardedState, ranks: Ranks) -> None:
         start, count = state.range(name)
         ranges.append((start, count))
         squares[name] = {}
-        for kind in STATES:
+        for kind in state.states_of(name):
             value = state.read(name, kind)
             squares[name][kind] = float(value.double().square().sum())
             if count:
-                tensors.append(TensorToWrite(f"{kind}/{name}", "F32", (count,), value.cpu))
+                tensors.append(TensorToWrite(f"{kind}/{name}", DTYPE_CODES[value.dtype], (count,), value.cpu))
     tensors.append(_tensor("rng/torch_cpu", torch.get_rng_state()))
     if ranks.device.type == "cuda":
         tensors.append(_tensor("rng/torch_cuda", torch.cuda.get_rng_state(ranks.device)))
@@ -141,11 +139,11 @@ def _commit(
         **fields,
         step=step,
         world_size=ranks.world_size,
-        zero_stage=3,
+        zero_stage=state.zero_stage,
         generation=owner.generation,
         buffers=sorted(state.buffers()),
         norms={
-            name: {kind: sum(sidecar["squares"][name][kind] for sidecar in sidecars) ** 0.5 for kind in STATES}
+            name: {k: sum(sidecar["squares"][name][k] for sidecar in sidecars) ** 0.5 for k in state.states_of(name)}
             for name in state.parameters
         },
         files={rank_file_name(r): sidecar["file"] for r, sidecar in enumerate(sidecars)},
@@ -172,18 +170,13 @@ def parameter_entries(state: ShardedState) -> list[ParameterEntry]:
 
 
 def optimizer_entry(state: ShardedState) -> OptimizerEntry:
-    """The manifest's optimizer scalars."""
+    """The manifest's optimizer: every trained parameter has the same states."""
     groups = [
-        ParameterGroup(
-            learning_rate=group["lr"],
-            weight_decay=group["weight_decay"],
-            betas=tuple(group["betas"]),
-            eps=group["eps"],
-            step=step,
-        )
-        for group, step in zip(state.groups(), state.optimizer_steps(), strict=True)
+        ParameterGroup(settings=settings, scalars=scalars)
+        for settings, scalars in zip(state.groups(), state.scalars(), strict=True)
     ]
-    return OptimizerEntry(type="adamw", states=list(STATES), groups=groups, loss_scaler=state.loss_scaler())
+    states = next(state.states_of(name) for name in state.parameters if state.group(name) is not None)
+    return OptimizerEntry(type=state.optimizer_type(), states=states, groups=groups, loss_scaler=state.loss_scaler())
 
 
 def delete_old_checkpoints(run: Path, settings: Checkpoint, newest: int, generation: int) -> list[int]:
