@@ -177,10 +177,12 @@ class Train(Section):
 
 
 class Optimizer(Section):
-    """AdamW and its learning-rate schedule. All lengths are optimizer steps."""
+    """The optimizer and its learning-rate schedule. All lengths are optimizer steps."""
 
-    type: Literal["adamw"] = "adamw"
-    """The optimizer: torch's AdamW (decoupled weight decay, arXiv:1711.05101)."""
+    type: Literal["adamw", "nadam", "radam", "sgd"] = "adamw"
+    """torch's optimizer of that name; weight decay is decoupled from the gradient (arXiv:1711.05101), but in sgd added
+    to it. All are elementwise: ZeRO cuts parameters into flat pieces, in which Adafactor, LAMB or Muon would see
+    neither rows nor norms, so these are not offered."""
     learning_rate: PositiveFloat
     """Peak learning rate."""
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
@@ -195,9 +197,11 @@ class Optimizer(Section):
     weight_decay: Annotated[Float, Field(ge=0)] = 0.1
     """Weight decay of parameters with two or more dimensions; biases and norms have none."""
     betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """Decay rates of AdamW's first and second moment."""
+    """Decay rates of the first and second moment; not for sgd."""
     epsilon: PositiveFloat = 1e-8
-    """AdamW's epsilon."""
+    """What is added to the root of the second moment; not for sgd."""
+    momentum: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    """Momentum of sgd, for which it is required; for no other type."""
     gradient_clip_norm: PositiveFloat | None = 1.0
     """Largest L2 norm of the gradient over all parameters; larger ones are scaled down. null: no clipping."""
 
@@ -208,6 +212,19 @@ class Optimizer(Section):
                 f"optimizer.decay_steps belongs to schedule warmup_stable_decay and is required there; "
                 f"schedule is {self.schedule}, decay_steps is {self.decay_steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_type(self) -> "Optimizer":
+        if (self.type == "sgd") != (self.momentum is not None):
+            raise ValueError(
+                f"optimizer.momentum belongs to type sgd and is required there; type is {self.type}, "
+                f"momentum is {self.momentum}"
+            )
+        fields = type(self).model_fields
+        for name in ("betas", "epsilon"):
+            if self.type == "sgd" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, but type sgd has none: leave it out")
         return self
 
 
@@ -266,7 +283,7 @@ class Recipe(Section):
     train: Train
     """Batch and length of the run."""
     optimizer: Optimizer
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations in the forward and backward pass. Master weights, moments and the accumulation of
     gradients are fp32 in each."""

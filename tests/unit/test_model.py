@@ -13,9 +13,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from gpt.model import (
     CompiledLayers,
     build_config,
+    check_frozen,
     checkpoint_gradients,
     count_parameters,
     decoder_layers,
+    frozen_names,
     is_run_directory,
 )
 from gpt.recipe import Model
@@ -176,6 +178,33 @@ def test_a_run_without_checkpoints_is_refused(tokenizer: PreTrainedTokenizerBase
     (tmp_path / "recipe.yaml").write_text("name: run\n", encoding="utf-8")
     with pytest.raises(ValueError, match="is a run without any checkpoint: train it first"):
         build_config(Model(pretrained=str(tmp_path)), tokenizer, 32)
+
+
+# Frozen parameters
+
+
+def test_patterns_freeze_what_they_name(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make_model(tie_word_embeddings=True)
+    assert frozen_names(model, []) == []
+    assert frozen_names(model, ["lm_head.*"]) == ["lm_head.weight"]  # the second name of a tied parameter
+    norms = frozen_names(model, ["model.layers.1.*norm.weight", "model.norm.*"])
+    assert norms == [
+        f"model.{n}.weight" for n in ("layers.1.input_layernorm", "layers.1.post_attention_layernorm", "norm")
+    ]
+    check_frozen(Model(config=LLAMA, frozen=["*.mlp.*"]), config_of(tokenizer))
+
+
+def test_a_pattern_that_matches_nothing_names_near_parameters() -> None:
+    with pytest.raises(
+        ValueError, match=r"no parameter matches 'embed_tokens\.weight'; near: model\.embed_tokens\.weight"
+    ):
+        frozen_names(make_model(), ["*norm*", "embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("patterns", [["*"], ["model.*", "lm_head.weight"]])
+def test_a_model_with_nothing_left_to_train_is_refused(patterns: list[str]) -> None:
+    with pytest.raises(ValueError, match="matches every parameter: nothing is left to train"):
+        frozen_names(make_model(), patterns)
 
 
 # What is set on the model from outside
