@@ -143,6 +143,9 @@ def build_model(model: Model, config: PreTrainedConfig, precision: str, seed: in
         result.tie_weights()
     for name in frozen_names(result, model.frozen):
         result.get_parameter(name).requires_grad_(False)
+    if model.frozen and zero_config.is_zero3():
+        # below frozen embeddings a layer's input needs no gradient, and DeepSpeed frees its weights before its backward
+        result.enable_input_require_grads()
     result.config.use_cache = False
     return result
 
