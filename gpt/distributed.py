@@ -148,10 +148,10 @@ class ShardedState:
 
     def _fragments_of_stages_1_and_2(self) -> dict[int, Fragment]:
         fragments = {}
-        for group, options in enumerate(self._optimizer.param_groups):
-            [flat] = options["params"]
-            groups = getattr(self._optimizer, "bit16_groups", None) or self._optimizer.bf16_groups
-            for parameter in groups[group]:
+        groups = getattr(self._optimizer, "bit16_groups", None) or self._optimizer.bf16_groups  # by DeepSpeed's class
+        for group, parameters in enumerate(groups):
+            [flat] = self._optimizer.param_groups[group]["params"]
+            for parameter in parameters:
                 mapping = parameter._hp_mapping
                 if mapping is None:  # all of it is on other ranks
                     fragments[id(parameter)] = Fragment(0, 0, group, flat, 0)
@@ -275,6 +275,11 @@ class ShardedState:
                 if isinstance(value, int | float) or (torch.is_tensor(value) and value.shape != flat.shape):
                     result[group][name] = float(value)
         return result
+
+    def forget_optimizer(self) -> None:
+        """Make the optimizer's state what it is before the first update: none."""
+        for _, _, state in self._states_by_group():
+            state.clear()
 
     def set_scalars(self, scalars: Sequence[dict[str, float]]) -> None:
         """Set what `scalars` gave; every flat tensor gets numbers of its own."""

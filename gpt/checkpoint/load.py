@@ -37,6 +37,8 @@ def load_into_engine(reader: CheckpointReader, state: ShardedState, *, weights_o
             f"checkpoint {reader.directory} does not fit the run: its optimizer is {manifest.optimizer.type}, "
             f"the run's {state.optimizer_type()}, or other parameters are frozen"
         )
+    if not weights_only:
+        state.forget_optimizer()
     with state.loading():
         for entry in manifest.parameters:
             start, count = state.range(entry.name)

@@ -197,7 +197,7 @@ def test_frozen_parameters_and_buffers(base: Runs, number: int) -> None:
         same = torch.equal(after.read_tensor(entry.name), weights.bfloat16().float())
         assert same == (entry.group is None), entry.name
         assert list(after.manifest.norms[entry.name]) == after.manifest.states_of(entry)
-    assert torch.equal(checked_bias(base, name).float(), torch.load(base.folder / "bias.pt").bfloat16().float())
+    assert torch.equal(checked_bias(base, name), torch.load(base.folder / "bias.pt"))
 
     assert 12 > kill_after(base, f"{name}-killed", step=5, deepspeed=stage(number), **changes) > 4
     done = base.train(f"{name}-killed", deepspeed=stage(number), **changes)
@@ -209,7 +209,7 @@ def test_frozen_parameters_and_buffers(base: Runs, number: int) -> None:
     assert_near(base, f"{name}-moved", name, OTHER_RANKS)
     moved = open_checkpoint(base.directory(f"{name}-moved"))
     assert all(torch.equal(moved.read_tensor(entry.name), after.read_tensor(entry.name)) for entry in kept)
-    assert torch.equal(checked_bias(base, f"{name}-moved").float(), checked_bias(base, name).float())
+    assert torch.equal(checked_bias(base, f"{name}-moved"), checked_bias(base, name))
 
     trainyard("export", f"runs/{name}", "--out", f"exports/{name}", "--dtype", "fp32", cwd=base.folder)
     exported = AutoModelForCausalLM.from_pretrained(base.folder / "exports" / name)

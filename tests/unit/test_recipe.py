@@ -339,9 +339,10 @@ def test_a_missing_recipe_names_the_shipped_ones(tmp_path: Path) -> None:
 
 
 def test_a_fork_starts_from_the_runs_weights_under_another_name(tmp_path: Path) -> None:
-    recipe = make_recipe({"runs_directory": str(tmp_path)})
+    recipe = make_recipe({"runs_directory": str(tmp_path), "model.frozen": ["model.norm.*"]})
     forked = fork_recipe(recipe, "second")
     assert forked.model.pretrained == str(tmp_path / "small")
+    assert forked.model.frozen == ["model.norm.*"]
     assert forked.model.config is None
     assert forked.run_directory() == tmp_path / "second"
     assert forked.model_dump(exclude={"name", "model"}) == recipe.model_dump(exclude={"name", "model"})
