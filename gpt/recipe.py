@@ -290,7 +290,8 @@ class Recipe(Section):
     gradient_checkpointing: GradientCheckpointing | None = None
     """Recompute activations to save memory. null: off."""
     deepspeed: str = "ds_configs/zero3.json"
-    """A DeepSpeed JSON file. "auto" in it marks what the recipe owns; a value in both that differs is an error."""
+    """A DeepSpeed JSON file, of ZeRO stage 1, 2 or 3. "auto" in it marks what the recipe owns; a value in both that
+    differs is an error."""
     compile: Literal["auto", True, False] = "auto"
     """Compile the decoder layers with torch.compile. auto: on for CUDA devices, off on a CPU, where the first
     compilation takes longer than short runs gain."""
