@@ -36,6 +36,7 @@ NEEDED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.offload_param.device": (("none", "cpu"), "checkpoints read the weights from memory"),
     "zero_optimization.offload_optimizer.ratio": ((1,), "DeepSpeed would update the rest by an AdamW of its own"),
     "zero_optimization.offload_optimizer.super_offload": ((False,), "it updates by an optimizer of its own"),
+    "zero_optimization.round_robin_gradients": ((False,), "DeepSpeed then loses where it keeps which parameter"),
     "zero_optimization.zenflow": ((None,), "it changes what an update is"),
     "zero_optimization.compute_grad_norm": ((True,), "the trainer reports the norm and looks for lost values"),
     "bf16.bf16_master_weights_and_grads": ((False,), "master weights are fp32"),

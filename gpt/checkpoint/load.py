@@ -40,7 +40,7 @@ def load_into_engine(reader: CheckpointReader, state: ShardedState, *, weights_o
     if not weights_only:
         state.forget_optimizer()
     with state.loading():
-        for entry in manifest.parameters:
+        for entry in sorted(manifest.parameters, key=lambda e: e.group is None):  # as they lie in the files
             start, count = state.range(entry.name)
             weights = "frozen" if state.group(entry.name) is None else "fp32"
             state.write(entry.name, weights, reader.read_range(entry.weights, entry.name, start, count))

@@ -183,6 +183,7 @@ def test_stages_and_cpu_offload_are_good_with_the_recipes_own_optimizer(tmp_path
         ("zero_optimization.offload_param.device", "nvme"),
         ("zero_optimization.offload_optimizer.ratio", 0.5),
         ("zero_optimization.offload_optimizer.super_offload", True),
+        ("zero_optimization.round_robin_gradients", True),
         ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
         ("zero_optimization.compute_grad_norm", False),
         ("bf16.bf16_master_weights_and_grads", True),
