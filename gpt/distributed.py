@@ -221,7 +221,7 @@ class ShardedState:
     def write(self, name: str, state: str, value: torch.Tensor) -> None:
         """Set this rank's elements (the inverse of `read`). Only inside `loading`."""
         self._storage(name, state).copy_(value)
-        if state == "fp32" and self.zero_stage == 3:
+        if state == "fp32" and self.zero_stage == 3:  # at the others `loading` does it for all at once
             self._training_copy(name).copy_(value)
 
     def _storage(self, name: str, state: str) -> torch.Tensor:
@@ -275,6 +275,10 @@ class ShardedState:
                 if isinstance(value, int | float) or (torch.is_tensor(value) and value.shape != flat.shape):
                     result[group][name] = float(value)
         return result
+
+    def optimizer_steps(self) -> list[int]:
+        """Updates that each optimizer group has had (skipped steps do not count); empty where none are counted."""
+        return [int(scalars["step"]) for scalars in self.scalars() if "step" in scalars]
 
     def forget_optimizer(self) -> None:
         """Make the optimizer's state what it is before the first update: none."""

@@ -225,3 +225,10 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     output: Any = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
     return total, total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel()))
+
+
+def describe_model(model: PreTrainedModel, precision: str) -> str:
+    """Size, class and precision, for the console."""
+    frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
+    of_them = f" ({frozen:,} of them frozen)" if frozen else ""
+    return f"{count_parameters(model)[0]:,} parameters{of_them}, {type(model).__name__}, {precision}"

@@ -187,7 +187,7 @@ def _run_claimed(
     from gpt import distributed
     from gpt.checkpoint.write import remove_leftovers
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import DTYPES, count_parameters
+    from gpt.model import DTYPES, count_parameters, describe_model
     from gpt.optimizer import build_optimizer
     from gpt.resume import Saver, resume
     from gpt.trainer import BatchSource, Trainer
@@ -200,7 +200,7 @@ def _run_claimed(
         _describe_run(plan, owner, ranks.world_size)
     keep_alive = distributed.zero_config(plan.deepspeed)
     model, layers, uncompiled = _build_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
-    parameters, matrix_parameters = count_parameters(model)
+    _, matrix_parameters = count_parameters(model)
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
     torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
@@ -209,7 +209,7 @@ def _run_claimed(
     metrics = None
     if owner is not None:
         metrics = _open_metrics(plan, owner, resumed)
-        print(f"model: {parameters:,} parameters, {type(model).__name__}, {recipe.precision}, from step {resumed}")
+        print(f"model: {describe_model(model, recipe.precision)}, from step {resumed}")
     trainer = Trainer(
         recipe=recipe,
         run=recipe.run_directory(),

@@ -67,9 +67,9 @@ class ParameterGroup(_Strict):
     scalars: dict[str, float]
 
     @property
-    def step(self) -> int:
-        """Updates that the group has had; 0 where the optimizer does not count them."""
-        return int(self.scalars.get("step", 0))
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        return float(self.settings["lr"])
 
 
 class OptimizerEntry(_Strict):

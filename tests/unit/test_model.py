@@ -17,6 +17,7 @@ from gpt.model import (
     checkpoint_gradients,
     count_parameters,
     decoder_layers,
+    describe_model,
     frozen_names,
     is_run_directory,
 )
@@ -223,6 +224,13 @@ def test_parameters_are_counted_untied() -> None:
 def test_a_tied_embedding_counts_once_and_as_the_output_layer() -> None:
     total, matrices = count_parameters(make_model(tie_word_embeddings=True))
     assert total == matrices == 2 * LLAMA_LAYER + 32 + EMBEDDING
+
+
+def test_frozen_parameters_are_shown() -> None:
+    model = make_model()
+    assert describe_model(model, "bf16") == f"{count_parameters(model)[0]:,} parameters, LlamaForCausalLM, bf16"
+    model.model.norm.requires_grad_(False)
+    assert "parameters (32 of them frozen), Llama" in describe_model(model, "bf16")
 
 
 @pytest.mark.parametrize("tied", [False, True])
