@@ -93,3 +93,13 @@ def build_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.
     return classes[settings.type](
         groups, lr=learning_rate, betas=betas, eps=settings.epsilon, decoupled_weight_decay=True
     )
+
+
+def state_names(settings: Optimizer) -> list[str]:
+    """The states of a parameter's size that the optimizer keeps from its first update on, by torch's names."""
+    sample = torch.nn.Linear(2, 1, bias=False)
+    sample.weight.grad = torch.zeros_like(sample.weight)
+    optimizer = build_optimizer(sample, settings)
+    optimizer.step()
+    states = optimizer.state[sample.weight].items()
+    return [name for name, value in states if torch.is_tensor(value) and value.shape == sample.weight.shape]

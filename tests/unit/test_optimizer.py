@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipe_samples import make_recipe
 
-from gpt.optimizer import Schedule, build_optimizer, parameter_groups
+from gpt.optimizer import Schedule, build_optimizer, parameter_groups, state_names
 
 
 def schedule(total_steps: int, **settings: Any) -> Schedule:
@@ -147,6 +147,7 @@ def test_optimizers_are_right_on_flat_pieces(kind: str) -> None:
             model.register_parameter(f"p{number}", torch.nn.Parameter(piece.clone().view(shape)))
         optimizer = build_optimizer(model, settings)
         assert type(optimizer).__name__.lower() == kind
+        assert state_names(settings) == (["momentum_buffer"] if kind == "sgd" else ["exp_avg", "exp_avg_sq"])
         for gradient in gradients:
             for parameter, piece in zip(model.parameters(), gradient.split(pieces), strict=True):
                 parameter.grad = piece.clone().view(parameter.shape)
