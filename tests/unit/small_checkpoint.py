@@ -180,7 +180,10 @@ def write_checkpoint(
                 "type": "adamw",
                 "states": list(states),
                 "groups": [
-                    {"settings": {"lr": 1e-3, "weight_decay": w, "betas": (0.9, 0.95)}, "scalars": {"step": step}}
+                    {
+                        "settings": {"lr": 1e-3, "weight_decay": w, "betas": (0.9, 0.95), "eps": 1e-8},
+                        "scalars": {"step": step},
+                    }
                     for w in (0.1, 0.0)
                 ],
             },
