@@ -31,6 +31,19 @@ REFUSED_KEYS = {
     "checkpoint": "the recipe's section checkpoint owns it",
     "zero_allow_untested_optimizer": "the trainer sets it for its own optimizer",
 }
+NEEDED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "zero_optimization.offload_optimizer.device": (("none", "cpu"), "checkpoints read the state from memory"),
+    "zero_optimization.offload_param.device": (("none", "cpu"), "checkpoints read the weights from memory"),
+    "zero_optimization.offload_optimizer.ratio": ((1,), "DeepSpeed would update the rest by an AdamW of its own"),
+    "zero_optimization.offload_optimizer.super_offload": ((False,), "it updates by an optimizer of its own"),
+    "zero_optimization.round_robin_gradients": ((False,), "DeepSpeed then loses where it keeps which parameter"),
+    "zero_optimization.zenflow": ((None,), "it changes what an update is"),
+    "zero_optimization.compute_grad_norm": ((True,), "the trainer reports the norm and looks for lost values"),
+    "bf16.bf16_master_weights_and_grads": ((False,), "master weights are fp32"),
+    "bf16.bf16_optimizer_states": ((False,), "the optimizer's states are fp32"),
+    "fp16.fp16_master_weights_and_grads": ((False,), "master weights are fp32"),
+}
+"""Values besides which there is no exact checkpoint: place -> (good values, why)."""
 
 
 def build_deepspeed_config(recipe: Recipe, batch: BatchPlan, hidden_size: int) -> dict[str, Any]:
@@ -47,15 +60,38 @@ def build_deepspeed_config(recipe: Recipe, batch: BatchPlan, hidden_size: int) -
         _set_owned(config, path, value, problems)
     problems += [f'"auto" is left over at {place}, which the recipe does not own' for place in _autos(config)]
     zero = config["zero_optimization"]
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 3
-    if stage != 3:
-        problems.append(f"zero_optimization.stage is {stage}; this version trains with ZeRO stage 3 only: set it to 3")
+    if isinstance(zero, dict):
+        problems += _zero_problems(zero)
+        for place, (good, why) in NEEDED_VALUES.items():
+            value = _value_at(config, place.split("."), good[0])
+            if value not in good:
+                problems.append(f"{place} is {value!r}, but {why}: leave it out or set it to {good[-1]!r}")
     if problems:
         raise ValueError(f"DeepSpeed file {recipe.deepspeed}: " + "; ".join(dict.fromkeys(problems)))
-    # torch's AdamW, which is elementwise and so right on flat partitions
+    # torch's optimizers that the recipe offers: elementwise, and so right on flat partitions
     config["zero_allow_untested_optimizer"] = True
     config.setdefault("steps_per_print", 2**31)  # the trainer prints; DeepSpeed's own line would be a second one
     return config
+
+
+def _zero_problems(zero: dict[str, Any]) -> list[str]:
+    """What is wrong with the stage, or does not belong to it."""
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
+        return [
+            f"zero_optimization.stage is {stage!r}, but checkpoints and fp32 accumulation need ZeRO stage 1, 2 or 3: "
+            f"set it to one of them"
+        ]
+    of_stage_3 = [key for key in zero if stage != 3 and (key.startswith("stage3_") or key == "offload_param")]
+    return [f"zero_optimization.{key} has no meaning at stage {stage}: leave it out" for key in of_stage_3]
+
+
+def _value_at(node: Any, path: list[str], default: Any) -> Any:
+    for part in path:
+        if not isinstance(node, dict) or part not in node:
+            return default
+        node = node[part]
+    return node
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -104,6 +140,8 @@ def _owned_values(recipe: Recipe, batch: BatchPlan, hidden_size: int) -> dict[tu
         ("fp16", "enabled"): recipe.precision == "fp16",
         # DeepSpeed accumulates bf16 gradients in bf16 unless told otherwise
         ("data_types", "grad_accum_dtype"): "fp32",
+        # with offload, torch's optimizer works on the CPU; DeepSpeed would ask for its own AdamW
+        ("zero_force_ds_cpu_optimizer",): False,
     }
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,

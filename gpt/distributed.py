@@ -17,16 +17,7 @@ import numpy as np
 import torch
 import torch.distributed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from transformers.integrations import HfDeepSpeedConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's states of a parameter's shape, by torch's names."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,10 @@ def gather_floats(values: Sequence[float], ranks: Ranks) -> np.ndarray:
 
 
 def zero_config(config: dict[str, Any]) -> Any:
-    """What must stay alive while transformers builds a ZeRO-3 model (it is held by a weak reference only)."""
+    """What must stay alive while transformers builds a ZeRO-3 model (it is held by a weak reference only).
+
+    Its `is_zero3()` tells `build_model` the stage.
+    """
     return HfDeepSpeedConfig(config)
 
 
@@ -99,41 +93,112 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-class ShardedState:
-    """This rank's part of parameters and optimizer state under ZeRO-3.
+@dataclass(frozen=True)
+class Fragment:
+    """Where this rank keeps its elements [start, start + count) of a flattened parameter: at `offset` of `storage`.
 
-    Rank r of w holds elements [r*c, min(n, (r+1)*c)) of every flattened parameter of n elements, c = ceil(n / w);
-    the tail is padded with zeros.
+    A trained parameter's storage is a flat fp32 tensor of its optimizer group, beside which the optimizer keeps states
+    of the same size; a frozen one's (group None) is the parameter's own memory, in the training dtype.
+    """
+
+    start: int
+    count: int
+    group: int | None
+    storage: torch.Tensor
+    offset: int
+
+
+class ShardedState:
+    """This rank's part of parameters and optimizer state under ZeRO 1, 2 or 3.
+
+    At stage 3, rank r of w holds elements [r*c, min(n, (r+1)*c)) of every flattened parameter of n elements,
+    c = ceil(n / w). At stages 1 and 2 each optimizer group is one flat tensor that is cut into w equal parts, so that a
+    rank may hold all, a part or nothing of a parameter; frozen ones, whole on every rank, are dealt as at stage 3.
+
+    Nothing but `loading` is a collective. What `read` gives changes with the next update of the weights, not before.
     """
 
     def __init__(self, engine: Any, ranks: Ranks) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
         self._ranks = ranks
+        self.zero_stage = int(engine.zero_optimization_stage())
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        trained = self._fragments_of_stage_3() if self.zero_stage == 3 else self._fragments_of_stages_1_and_2()
+        self._fragments = {
+            name: trained[id(p)] if id(p) in trained else self._frozen_fragment(p)
+            for name, p in self.parameters.items()
+        }
+        for name, fragment in self._fragments.items():
+            copy = self._training_copy(name)
+            if fragment.group is not None and not torch.equal(self.read(name, "fp32").to(copy), copy):
+                raise AssertionError(f"DeepSpeed keeps {name} at another place than expected")
 
-    def shape(self, name: str) -> list[int]:
-        """Full shape of a parameter."""
-        return list(self.parameters[name].ds_shape)
+    def _fragments_of_stage_3(self) -> dict[int, Fragment]:
+        fragments = {}
+        optimizer = self._optimizer
+        flats = zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+        for sub_group, (parameters, flat) in enumerate(flats):
+            offset = 0
+            for parameter in parameters:
+                start, count = self._even_share(parameter.ds_numel)
+                group = int(optimizer.sub_group_to_group_id[sub_group])
+                fragments[id(parameter)] = Fragment(start, count, group, flat, offset)
+                offset += parameter.ds_tensor.numel()
+        return fragments
 
-    def group(self, name: str) -> int:
-        """Index of the parameter's optimizer group."""
-        identity = self.parameters[name].ds_id
-        for sub_group, parameters in enumerate(self._optimizer.fp16_groups):
-            if any(p.ds_id == identity for p in parameters):
-                return int(self._optimizer.sub_group_to_group_id[sub_group])
-        raise AssertionError(f"{name} is in no optimizer group")
+    def _fragments_of_stages_1_and_2(self) -> dict[int, Fragment]:
+        fragments = {}
+        groups = getattr(self._optimizer, "bit16_groups", None) or self._optimizer.bf16_groups  # by DeepSpeed's class
+        for group, parameters in enumerate(groups):
+            [flat] = self._optimizer.param_groups[group]["params"]
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # all of it is on other ranks
+                    fragments[id(parameter)] = Fragment(0, 0, group, flat, 0)
+                else:
+                    place, offset = mapping.lp_fragment_address, mapping.get_hp_fragment_address().start
+                    fragments[id(parameter)] = Fragment(place.start, place.numel, group, flat, offset)
+        return fragments
 
-    def range(self, name: str) -> tuple[int, int]:
-        """(start, count) of this rank's elements."""
-        elements = self.parameters[name].ds_numel
+    def _frozen_fragment(self, parameter: Any) -> Fragment:
+        if self.zero_stage == 3:
+            return Fragment(*self._even_share(parameter.ds_numel), None, parameter.ds_tensor, 0)
+        start, count = self._even_share(parameter.numel())
+        return Fragment(start, count, None, parameter, start)
+
+    def _even_share(self, elements: int) -> tuple[int, int]:
         size = -(-elements // self._ranks.world_size)
         start = min(self._ranks.rank * size, elements)
         return start, min(size, elements - start)
 
+    def _training_copy(self, name: str) -> torch.Tensor:
+        """This rank's elements in the training dtype, as the forward pass uses them."""
+        parameter, fragment = self.parameters[name], self._fragments[name]
+        if self.zero_stage == 3:
+            return parameter.ds_tensor.detach()[: fragment.count]
+        return parameter.detach().view(-1)[fragment.start : fragment.start + fragment.count]
+
+    def shape(self, name: str) -> list[int]:
+        """Full shape of a parameter."""
+        parameter = self.parameters[name]
+        return list(getattr(parameter, "ds_shape", parameter.shape))
+
+    def group(self, name: str) -> int | None:
+        """Index of the parameter's optimizer group; None for a frozen one."""
+        return self._fragments[name].group
+
+    def range(self, name: str) -> tuple[int, int]:
+        """(start, count) of this rank's elements."""
+        return self._fragments[name].start, self._fragments[name].count
+
+    def optimizer_type(self) -> str:
+        """The optimizer's class in lower case: the recipe's `optimizer.type`."""
+        return type(self._optimizer.optimizer).__name__.lower()
+
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, for their scalars."""
-        return list(self._optimizer.param_groups)
+        """Each optimizer group's settings, by torch's names, without its parameters."""
+        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Persistent buffers, which ZeRO keeps whole on every rank."""
@@ -141,69 +206,101 @@ class ShardedState:
         persistent = set(module.state_dict().keys()) - set(self.parameters)
         return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
-    def ensure_moments(self) -> None:
-        """Create AdamW's state where no step was made yet; every flat group gets a `step` tensor of its own."""
-        state = self._optimizer.optimizer.state
-        for flat in self._optimizer.fp32_partitioned_groups_flat:
-            if "step" not in state[flat]:
-                state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                for moment in MOMENTS:
-                    state[flat][moment] = torch.zeros_like(flat)
+    def states_of(self, name: str) -> list[str]:
+        """What there is to be read of a parameter: "frozen", or "fp32" (the master weight) and, after the first update,
+        the optimizer's states of the parameter's size by torch's names."""
+        storage = self._fragments[name].storage
+        if self.group(name) is None:
+            return ["frozen"]
+        state = self._optimizer.optimizer.state.get(storage, {})
+        return ["fp32", *(k for k, v in state.items() if torch.is_tensor(v) and v.shape == storage.shape)]
 
     def read(self, name: str, state: str) -> torch.Tensor:
-        """This rank's elements, fp32 1-D without padding; `state` is "fp32" or one of MOMENTS."""
-        parameter = self.parameters[name]
-        value: torch.Tensor
-        if state == "fp32":
-            value = safe_get_local_fp32_param(parameter)
-        else:
-            value = safe_get_local_optimizer_state(parameter, state)
-        return value.detach().flatten()[: self.range(name)[1]]
+        """This rank's elements of one of `states_of(name)`, 1-D: a view, fp32, or in the training dtype if frozen."""
+        return self._storage(name, state)
 
     def write(self, name: str, state: str, value: torch.Tensor) -> None:
         """Set this rank's elements (the inverse of `read`). Only inside `loading`."""
-        parameter = self.parameters[name]
-        padded = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32, device=self._ranks.device)
-        padded[: len(value)] = value
-        if state == "fp32":
-            safe_set_local_fp32_param(parameter, padded)
-            parameter.ds_tensor.data.copy_(padded)  # DeepSpeed does not touch the training-dtype copy
-        else:
-            safe_set_local_optimizer_state(parameter, padded, state)
+        self._storage(name, state).copy_(value)
+        if state == "fp32" and self.zero_stage == 3:  # at the others `loading` does it for all at once
+            self._training_copy(name).copy_(value)
+
+    def _storage(self, name: str, state: str) -> torch.Tensor:
+        fragment = self._fragments[name]
+        whole = fragment.storage
+        if state not in ("fp32", "frozen"):
+            states = self._optimizer.optimizer.state[whole]
+            if state not in states:  # no update was made yet, before which torch has no states
+                states[state] = torch.zeros_like(whole)
+            whole = states[state]
+        return whole.detach().view(-1)[fragment.offset : fragment.offset + fragment.count]
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """While parameters are set: those that ZeRO keeps whole are partitioned before and gathered again after."""
-        self.ensure_moments()
-        self._optimizer.checkpoint_event_prologue()
+        """While parameters are set; afterwards the weights of the forward pass are the ones that were set."""
+        if self.zero_stage == 3:
+            self._optimizer.checkpoint_event_prologue()
         try:
             with torch.no_grad():
                 yield
-        finally:  # a collective: a rank that met a damaged file must not leave the others waiting in it
-            self._optimizer.checkpoint_event_epilogue()
+        finally:  # collectives: a rank that met a damaged file must not leave the others waiting in one
+            if self.zero_stage == 3:
+                self._optimizer.checkpoint_event_epilogue()
+            else:
+                self._optimizer.update_lp_params()
+                self._gather_frozen()
+
+    @torch.no_grad()
+    def _gather_frozen(self) -> None:
+        for name in (n for n in self.parameters if self.group(n) is None):
+            whole = self.parameters[name].view(-1)
+            mine = whole.new_zeros(-(-whole.numel() // self._ranks.world_size))
+            mine[: self.range(name)[1]] = self.read(name, "frozen")
+            everyone = whole.new_empty(len(mine) * self._ranks.world_size)
+            torch.distributed.all_gather_into_tensor(everyone, mine)
+            whole.copy_(everyone[: whole.numel()])
+
+    def _states_by_group(self) -> Iterator[tuple[int, torch.Tensor, dict[str, Any]]]:
+        """Each flat tensor: (optimizer group, the tensor, its optimizer state)."""
+        flats = {id(f.storage): f for f in self._fragments.values() if f.group is not None}
+        for fragment in flats.values():
+            assert fragment.group is not None
+            yield fragment.group, fragment.storage, self._optimizer.optimizer.state[fragment.storage]
+
+    def scalars(self) -> list[dict[str, float]]:
+        """Each optimizer group's numbers by torch's names: "step", the updates that it has had (skipped ones do not
+        count), and what else the optimizer keeps. Empty before the first update."""
+        result: list[dict[str, float]] = [{} for _ in self._optimizer.param_groups]
+        for group, flat, state in self._states_by_group():
+            for name, value in state.items():
+                if isinstance(value, int | float) or (torch.is_tensor(value) and value.shape != flat.shape):
+                    result[group][name] = float(value)
+        return result
 
     def optimizer_steps(self) -> list[int]:
-        """Updates that each optimizer group has had (skipped steps do not count)."""
-        steps = [0] * len(self._optimizer.param_groups)
-        for sub_group, flat in enumerate(self._optimizer.fp32_partitioned_groups_flat):
-            state = self._optimizer.optimizer.state[flat]
-            steps[self._optimizer.sub_group_to_group_id[sub_group]] = (
-                int(state["step"].item()) if "step" in state else 0
-            )
-        return steps
+        """Updates that each optimizer group has had (skipped steps do not count); empty where none are counted."""
+        return [int(scalars["step"]) for scalars in self.scalars() if "step" in scalars]
 
-    def set_optimizer_steps(self, steps: Sequence[int]) -> None:
-        """Set each group's count of updates, from which AdamW computes its bias correction."""
-        for sub_group, flat in enumerate(self._optimizer.fp32_partitioned_groups_flat):
-            step = steps[self._optimizer.sub_group_to_group_id[sub_group]]
-            self._optimizer.optimizer.state[flat]["step"].fill_(float(step))
+    def forget_optimizer(self) -> None:
+        """Make the optimizer's state what it is before the first update: none."""
+        for _, _, state in self._states_by_group():
+            state.clear()
+
+    def set_scalars(self, scalars: Sequence[dict[str, float]]) -> None:
+        """Set what `scalars` gave; every flat tensor gets numbers of its own."""
+        for group, flat, state in self._states_by_group():
+            options = self._optimizer.param_groups[group]
+            on_device = options.get("fused") or options.get("capturable")  # where torch looks for them
+            for name, value in scalars[group].items():
+                state[name] = torch.tensor(value, dtype=torch.float32, device=flat.device if on_device else "cpu")
 
     def loss_scaler(self) -> dict[str, float]:
         """The numbers of the dynamic fp16 loss scale; empty in other precisions."""
-        scaler = self._optimizer.loss_scaler
         names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        dynamic = getattr(self._optimizer, "dynamic_loss_scale", False)
-        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)} if dynamic else {}
+        if not getattr(self._optimizer, "dynamic_loss_scale", False):
+            return {}
+        scaler = self._optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
 
     def set_loss_scaler(self, numbers: dict[str, float]) -> None:
         """Set what `loss_scaler` gave."""
@@ -213,7 +310,7 @@ class ShardedState:
 
 def loss_scale(engine: Any) -> float:
     """The factor by which fp16 losses are scaled; 1 in other precisions."""
-    return float(engine.optimizer.loss_scale)
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))  # DeepSpeed's BF16_Optimizer has none
 
 
 def gradient_norm(engine: Any) -> float:

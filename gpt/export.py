@@ -184,19 +184,19 @@ def _streamed(reader: CheckpointReader, name: str, dtype: torch.dtype) -> Tensor
 
 
 def checked_chunks(reader: CheckpointReader, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """A parameter's master weights in chunks, rounded to `dtype`; each finite, and together of the recorded norm.
+    """A parameter's weights in chunks, rounded to `dtype`; each finite, and together of the recorded norm.
 
     Raises ValueError where they are not.
     """
-    elements = reader.manifest.parameters[reader.index(name)].elements
+    entry = reader.manifest.parameters[reader.index(name)]
     square = 0.0
-    for start in range(0, elements, CHUNK_ELEMENTS):
-        master = reader.read_range("fp32", name, start, min(CHUNK_ELEMENTS, elements - start))
+    for start in range(0, entry.elements, CHUNK_ELEMENTS):
+        master = reader.read_range(entry.weights, name, start, min(CHUNK_ELEMENTS, entry.elements - start))
         square += float(torch.linalg.vector_norm(master, dtype=torch.float64)) ** 2
         values = master.to(dtype)
         _check_finite(name, values)
         yield values
-    recorded = reader.manifest.norms.get(name, {}).get("fp32")
+    recorded = reader.manifest.norms.get(name, {}).get(entry.weights)
     if recorded is None or not abs(square**0.5 - recorded) <= NORM_TOLERANCE * recorded:
         raise ValueError(
             f"{name} in {reader.directory} has the L2 norm {square**0.5:.9g}, but the live engine recorded {recorded}."

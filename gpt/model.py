@@ -5,7 +5,8 @@ What is added to the model is set from outside: gradient checkpointing, ZeRO-3 l
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +123,56 @@ def _config_of_weights(pretrained: str) -> PreTrainedConfig:
 
 
 def build_model(model: Model, config: PreTrainedConfig, precision: str, seed: int, zero_config: Any) -> PreTrainedModel:
-    """The model with its initial weights, in the training dtype.
+    """The model with its initial weights, in the training dtype; they depend on neither world size nor ZeRO stage.
 
-    Must run while `zero_config` (transformers' HfDeepSpeedConfig of a stage-3 configuration) is alive: transformers
-    then partitions each module as it is made, initialises on rank 0 and broadcasts, so that the weights do not depend
-    on the world size. Wrapping the model in `deepspeed.zero.Init` by hand would leave torch's default initialisation.
+    Must run while `zero_config` (transformers' HfDeepSpeedConfig) is alive: at stage 3 transformers then partitions
+    each module as it is made, initialises on rank 0 and broadcasts. Wrapping the model in `deepspeed.zero.Init` by
+    hand would leave torch's default initialisation. At other stages the layers' constructors must not draw random
+    numbers first, as they do not at stage 3.
     A run directory's weights are not read here: the checkpoint reader sets them once the engine exists.
     """
-    assert zero_config is not None
     transformers.set_seed(seed)
     dtype = DTYPES[precision]
     if model.pretrained is not None and not is_run_directory(model.pretrained):
         result = AutoModelForCausalLM.from_pretrained(model.pretrained, config=config, dtype=dtype)
-    else:
+    elif zero_config.is_zero3():
         result = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        with no_init_weights():
+            result = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        result.initialize_weights()
+        result.tie_weights()
+    for name in frozen_names(result, model.frozen):
+        result.get_parameter(name).requires_grad_(False)
+    if model.frozen and zero_config.is_zero3():
+        # below frozen embeddings a layer's input needs no gradient, and DeepSpeed frees its weights before its backward
+        result.enable_input_require_grads()
     result.config.use_cache = False
     return result
+
+
+def frozen_names(model: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The names of parameters that `model.frozen` matches (a tied one by any of its names).
+
+    Raises:
+        ValueError: a pattern that matches nothing, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+            raise ValueError(f"model.frozen: no parameter matches {pattern!r}; near: {', '.join(near)}")
+    frozen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    identities = {id(model.get_parameter(name)) for name in frozen}
+    if all(id(parameter) in identities for parameter in model.parameters()):
+        raise ValueError(f"model.frozen {list(patterns)} matches every parameter: nothing is left to train")
+    return frozen
+
+
+def check_frozen(model: Model, config: PreTrainedConfig) -> None:
+    """`frozen_names`, for its errors, without any weights."""
+    with torch.device("meta"):
+        frozen_names(AutoModelForCausalLM.from_config(config), model.frozen)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -150,9 +185,7 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 def checkpoint_gradients(model: PreTrainedModel, every_layers: int) -> None:
     """Recompute every n-th decoder layer in the backward pass."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.gradient_checkpointing = index % every_layers == 0  # type: ignore[assignment]
+    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_layers)
 
 
 class CompiledLayers:
@@ -209,3 +242,10 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     output: Any = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
     return total, total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel()))
+
+
+def describe_model(model: PreTrainedModel, precision: str) -> str:
+    """Size, class and precision, for the console."""
+    frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
+    of_them = f" ({frozen:,} of them frozen)" if frozen else ""
+    return f"{count_parameters(model)[0]:,} parameters{of_them}, {type(model).__name__}, {precision}"

@@ -81,11 +81,25 @@ def parameter_groups(
 
 
 def build_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """torch's fused AdamW over the model's decay groups."""
-    return torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.epsilon,
-        fused=True,
+    """torch's optimizer of the recipe over the model's decay groups, fused where torch has it so."""
+    groups = parameter_groups(model.named_parameters(), settings.weight_decay)
+    learning_rate, betas = settings.learning_rate, (settings.betas[0], settings.betas[1])
+    if settings.type == "sgd":
+        assert settings.momentum is not None
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=settings.momentum, fused=True)
+    if settings.type == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=settings.epsilon, fused=True)
+    classes = {"nadam": torch.optim.NAdam, "radam": torch.optim.RAdam}
+    return classes[settings.type](
+        groups, lr=learning_rate, betas=betas, eps=settings.epsilon, decoupled_weight_decay=True
     )
+
+
+def state_names(settings: Optimizer) -> list[str]:
+    """The states of a parameter's size that the optimizer keeps from its first update on, by torch's names."""
+    sample = torch.nn.Linear(2, 1, bias=False)
+    sample.weight.grad = torch.zeros_like(sample.weight)
+    optimizer = build_optimizer(sample, settings)
+    optimizer.step()
+    states = optimizer.state[sample.weight].items()
+    return [name for name, value in states if torch.is_tensor(value) and value.shape == sample.weight.shape]

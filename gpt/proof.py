@@ -69,8 +69,12 @@ def _live_norms(
     manifest: Manifest, state: ShardedState, ranks: Ranks, *, weights_only: bool
 ) -> dict[tuple[str, str], float]:
     """L2 norm of each (state, parameter) over all ranks, from what the engine holds now."""
-    kinds = ["fp32"] if weights_only else manifest.optimizer.states
-    tensors = [(kind, entry.name) for entry in manifest.parameters for kind in kinds]
+    tensors = [
+        (kind, entry.name)
+        for entry in manifest.parameters
+        for kind in ([entry.weights] if weights_only else manifest.states_of(entry))
+        if not weights_only or kind in state.states_of(entry.name)
+    ]
     squares = [sum_of_squares(state.read(name, kind)) for kind, name in tensors]
     norms = distributed.gather_floats(squares, ranks).sum(axis=0) ** 0.5
     return dict(zip(tensors, norms.tolist(), strict=True))

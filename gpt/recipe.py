@@ -77,6 +77,10 @@ class Model(Section):
     """Weights to go on from: a Hugging Face folder, a hub id, or the directory of another Trainyard run (its newest
     checkpoint; the fp32 master weights are taken, so nothing is lost)."""
 
+    frozen: list[str] = []
+    """Parameters that are not trained: patterns of their names as transformers gives them, for example
+    `model.embed_tokens.*` (`*`, `?` and `[…]` as in file names). A pattern that matches nothing is an error."""
+
     @model_validator(mode="after")
     def _exactly_one(self) -> "Model":
         if (self.config is None) == (self.pretrained is None):
@@ -173,10 +177,12 @@ class Train(Section):
 
 
 class Optimizer(Section):
-    """AdamW and its learning-rate schedule. All lengths are optimizer steps."""
+    """The optimizer and its learning-rate schedule. All lengths are optimizer steps."""
 
-    type: Literal["adamw"] = "adamw"
-    """The optimizer: torch's AdamW (decoupled weight decay, arXiv:1711.05101)."""
+    type: Literal["adamw", "nadam", "radam", "sgd"] = "adamw"
+    """torch's optimizer of that name; weight decay is decoupled from the gradient (arXiv:1711.05101), but in sgd added
+    to it. All are elementwise: ZeRO cuts parameters into flat pieces, in which Adafactor, LAMB or Muon would see
+    neither rows nor norms, so these are not offered."""
     learning_rate: PositiveFloat
     """Peak learning rate."""
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
@@ -191,9 +197,11 @@ class Optimizer(Section):
     weight_decay: Annotated[Float, Field(ge=0)] = 0.1
     """Weight decay of parameters with two or more dimensions; biases and norms have none."""
     betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """Decay rates of AdamW's first and second moment."""
+    """Decay rates of the first and second moment; not for sgd."""
     epsilon: PositiveFloat = 1e-8
-    """AdamW's epsilon."""
+    """What is added to the root of the second moment; not for sgd."""
+    momentum: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    """Momentum of sgd, for which it is required; for no other type."""
     gradient_clip_norm: PositiveFloat | None = 1.0
     """Largest L2 norm of the gradient over all parameters; larger ones are scaled down. null: no clipping."""
 
@@ -204,6 +212,19 @@ class Optimizer(Section):
                 f"optimizer.decay_steps belongs to schedule warmup_stable_decay and is required there; "
                 f"schedule is {self.schedule}, decay_steps is {self.decay_steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_type(self) -> "Optimizer":
+        if (self.type == "sgd") != (self.momentum is not None):
+            raise ValueError(
+                f"optimizer.momentum belongs to type sgd and is required there; type is {self.type}, "
+                f"momentum is {self.momentum}"
+            )
+        fields = type(self).model_fields
+        for name in ("betas", "epsilon"):
+            if self.type == "sgd" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, but type sgd has none: leave it out")
         return self
 
 
@@ -293,14 +314,15 @@ class Recipe(Section):
     train: Train
     """Batch and length of the run."""
     optimizer: Optimizer
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations in the forward and backward pass. Master weights, moments and the accumulation of
     gradients are fp32 in each."""
     gradient_checkpointing: GradientCheckpointing | None = None
     """Recompute activations to save memory. null: off."""
     deepspeed: str = "ds_configs/zero3.json"
-    """A DeepSpeed JSON file. "auto" in it marks what the recipe owns; a value in both that differs is an error."""
+    """A DeepSpeed JSON file, of ZeRO stage 1, 2 or 3. "auto" in it marks what the recipe owns; a value in both that
+    differs is an error."""
     compile: Literal["auto", True, False] = "auto"
     """Compile the decoder layers with torch.compile. auto: on for CUDA devices, off on a CPU, where the first
     compilation takes longer than short runs gain."""
@@ -434,7 +456,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
 def fork_recipe(recipe: Recipe, new_name: str) -> Recipe:
     """The same recipe under a new name that starts at step 0 from the weights of this run's newest checkpoint."""
     content = recipe.model_dump()
-    content |= {"name": new_name, "model": {"pretrained": str(recipe.run_directory())}}
+    content |= {"name": new_name, "model": {"pretrained": str(recipe.run_directory()), "frozen": recipe.model.frozen}}
     if new_name == recipe.name:
         raise ValueError(f"--fork needs a name other than the run's own, {recipe.name}")
     return parse_recipe(content, f"forked as {new_name}")

@@ -26,7 +26,6 @@ from gpt.checkpoint.format import Greedy, Probe, rank_file_name, temporary_check
 from gpt.checkpoint.probe import make_probe
 from gpt.checkpoint.retention import apply_retention
 from gpt.checkpoint.write import (
-    STATES,
     HostBuffers,
     RankError,
     collect,
@@ -41,6 +40,7 @@ from gpt.checkpoint.write import (
 )
 from gpt.distributed import Ranks, ShardedState
 from gpt.metrics import say
+from gpt.optimizer import state_names
 from gpt.run_directory import RunDirectory, package_versions
 
 if TYPE_CHECKING:
@@ -118,8 +118,11 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._saves = 0
         self._failed_in_a_row = 0
-        parameters = sum(math.prod(state.shape(name)) for name in state.parameters)
-        self._checkpoint_bytes = 4 * len(STATES) * parameters
+        states = ["fp32", *state_names(plan.recipe.optimizer)]
+        self._checkpoint_bytes = sum(
+            math.prod(state.shape(name)) * (4 * len(states) if state.group(name) is not None else parameter.itemsize)
+            for name, parameter in state.parameters.items()
+        )
         self._ranges = [state.range(name) for name in state.parameters]
         self.stall_seconds = 0.0
         """Seconds that training has waited for saves; whoever records them sets it to 0."""
@@ -132,7 +135,7 @@ class Saver:
         if owner is not None:
             self._fixed = {
                 "world_size": ranks.world_size,
-                "zero_stage": 3,
+                "zero_stage": state.zero_stage,
                 "generation": generation,
                 "data_fingerprint": plan.training.fingerprint,
                 "data_kind": plan.training.kind,
@@ -145,7 +148,11 @@ class Saver:
                 "versions": package_versions(),
             }
         if self._settings.every_steps is not None:
-            self._buffers.copy(fragments(state))  # their pages are touched now, not at the first save
+            now = fragments(state)  # before the first update there are no moments yet, but their size is known
+            moments = {
+                f"{s}/{n}": state.read(n, "fp32") for n in state.parameters if f"fp32/{n}" in now for s in states
+            }
+            self._buffers.copy(now | moments)  # their pages are touched now, not at the first save
 
     @property
     def begun_step(self) -> int | None:

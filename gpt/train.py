@@ -21,7 +21,7 @@ from data_pipeline.stream import TrainingStream, ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
-from gpt.model import build_config
+from gpt.model import build_config, check_frozen
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe, parse_recipe
 from gpt.run_directory import compare_recipes, stored_recipe
@@ -80,6 +80,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
                 f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the one it was prepared with"
             )
     config = build_config(recipe.model, tokenizer, length)
+    if recipe.model.frozen:
+        check_frozen(recipe.model, config)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
     deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)
@@ -191,7 +193,7 @@ def _run_claimed(
     from gpt import distributed
     from gpt.checkpoint.write import remove_leftovers
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import DTYPES, count_parameters, draws_random_numbers
+    from gpt.model import DTYPES, count_parameters, describe_model, draws_random_numbers
     from gpt.optimizer import build_optimizer
     from gpt.resume import load_newest, resume, samples_left_out
     from gpt.saver import Saver
@@ -205,7 +207,7 @@ def _run_claimed(
         _describe_run(plan, owner, ranks.world_size)
     keep_alive = distributed.zero_config(plan.deepspeed)
     model, layers, uncompiled = _build_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
-    parameters, matrix_parameters = count_parameters(model)
+    _, matrix_parameters = count_parameters(model)
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
     torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
@@ -216,7 +218,7 @@ def _run_claimed(
     metrics = None
     if owner is not None:
         metrics = _open_metrics(plan, owner, resumed)
-        print(f"model: {parameters:,} parameters, {type(model).__name__}, {recipe.precision}, from step {resumed}")
+        print(f"model: {describe_model(model, recipe.precision)}, from step {resumed}")
     saver = Saver(
         plan,
         state,

@@ -42,7 +42,7 @@ class FileEntry(_Strict):
 class ParameterEntry(_Strict):
     """One parameter: its name in the transformers model, full shape, training dtype and optimizer group.
 
-    `group` is an index into `optimizer.groups`, or None for a parameter that is not trained.
+    `group` is an index into `optimizer.groups`, or None for a frozen parameter.
     """
 
     name: str
@@ -54,19 +54,26 @@ class ParameterEntry(_Strict):
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def weights(self) -> str:
+        """The state that holds its weights: the fp32 master of a trained one, the frozen values in its own dtype."""
+        return "fp32" if self.group is not None else "frozen"
+
 
 class ParameterGroup(_Strict):
-    """The scalars of one optimizer group; `step` counts the updates that the group has had."""
+    """One optimizer group: its settings and the numbers of its state, both by torch's names."""
 
-    learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-    step: int
+    settings: dict[str, Any]
+    scalars: dict[str, float]
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        return float(self.settings["lr"])
 
 
 class OptimizerEntry(_Strict):
-    """The optimizer's type, the per-element states that are stored (`fp32` is the master weight) and its groups."""
+    """The optimizer's type, the per-element states of trained parameters (`fp32` is the master weight), its groups."""
 
     type: str
     states: list[str]
@@ -153,6 +160,10 @@ class Manifest(_Strict):
     evaluate_loss: float | None = None
     files: dict[str, FileEntry]
     fragments: dict[str, list[tuple[int, int]]]
+
+    def states_of(self, parameter: ParameterEntry) -> list[str]:
+        """The states that are stored of a parameter."""
+        return self.optimizer.states if parameter.group is not None else [parameter.weights]
 
     @model_validator(mode="after")
     def _fragments_cover_parameters(self) -> Self:

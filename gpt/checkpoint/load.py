@@ -9,6 +9,8 @@ from gpt.distributed import Ranks, ShardedState
 def load_into_engine(reader: CheckpointReader, state: ShardedState, *, weights_only: bool) -> None:
     """Set this rank's fragments of every parameter, and of its optimizer state unless `weights_only`.
 
+    With `weights_only`, other parameters may be frozen than in the run that wrote it.
+
     Only the blocks that hold this rank's elements are read, and each is verified.
 
     Raises:
@@ -26,16 +28,28 @@ def load_into_engine(reader: CheckpointReader, state: ShardedState, *, weights_o
     buffers = state.buffers()
     if sorted(buffers) != sorted(manifest.buffers):
         raise ValueError(f"checkpoint {reader.directory} has buffers {manifest.buffers}, the model {sorted(buffers)}")
-    kinds = ["fp32"] if weights_only else manifest.optimizer.states
+    groups = {entry.name: entry.group for entry in manifest.parameters}
+    if not weights_only and (manifest.optimizer.type, groups) != (
+        state.optimizer_type(),
+        {name: state.group(name) for name in state.parameters},
+    ):
+        raise ValueError(
+            f"checkpoint {reader.directory} does not fit the run: its optimizer is {manifest.optimizer.type}, "
+            f"the run's {state.optimizer_type()}, or other parameters are frozen"
+        )
+    if not weights_only:
+        state.forget_optimizer()
     with state.loading():
-        for name in state.parameters:
-            start, count = state.range(name)
-            for kind in kinds:
-                state.write(name, kind, reader.read_range(kind, name, start, count))
+        for entry in sorted(manifest.parameters, key=lambda e: e.group is None):  # as they lie in the files
+            start, count = state.range(entry.name)
+            weights = "frozen" if state.group(entry.name) is None else "fp32"
+            state.write(entry.name, weights, reader.read_range(entry.weights, entry.name, start, count))
+            for kind in [] if weights_only else manifest.states_of(entry)[1:]:
+                state.write(entry.name, kind, reader.read_range(kind, entry.name, start, count))
         for name, buffer in buffers.items():
             buffer.copy_(reader.read_buffer(name))
     if not weights_only:
-        state.set_optimizer_steps([group.step for group in manifest.optimizer.groups])
+        state.set_scalars([group.scalars for group in manifest.optimizer.groups])
         state.set_loss_scaler(manifest.optimizer.loss_scaler)
 
 

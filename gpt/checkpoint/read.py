@@ -53,7 +53,7 @@ class CheckpointReader:
     def read_range(self, state: str, parameter: str, start: int, count: int) -> torch.Tensor:
         """Elements `[start, start + count)` of a flattened parameter's `state`, whichever ranks wrote them.
 
-        `state` is one of `manifest.optimizer.states` (`fp32` is the master weight). Returns fp32 [count].
+        `state` is one of `manifest.states_of` it (`fp32` is the master weight). Returns fp32 [count].
         """
         index = self.index(parameter)
         elements = self.manifest.parameters[index].elements
@@ -77,9 +77,10 @@ class CheckpointReader:
         assert position == end, "the manifest guarantees that fragments cover every parameter"
         return result
 
-    def read_tensor(self, parameter: str, state: str = "fp32", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A whole parameter's `state` in its full shape, rounded from fp32 to `dtype`."""
+    def read_tensor(self, parameter: str, state: str | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A whole parameter's `state` (its weights by default) in its full shape, rounded from fp32 to `dtype`."""
         shape = self.shape(parameter)
+        state = state or self.manifest.parameters[self.index(parameter)].weights
         return self.read_range(state, parameter, 0, math.prod(shape)).to(dtype).reshape(shape)
 
     def read_rng(self, rank: int, generator: str = "torch_cpu") -> torch.Tensor:

@@ -127,7 +127,9 @@ def _write_weights(directory: Path, manifest: Manifest) -> Manifest:
             "files": files,
             "fragments": fragments,
             "optimizer": manifest.optimizer.model_copy(update={"states": ["fp32"]}),
-            "norms": {name: {"fp32": norms["fp32"]} for name, norms in manifest.norms.items()},
+            "norms": {
+                entry.name: {entry.weights: manifest.norms[entry.name][entry.weights]} for entry in manifest.parameters
+            },
         }
     )
 

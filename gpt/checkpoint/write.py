@@ -28,10 +28,9 @@ from gpt.checkpoint.format import (
     rank_file_name,
     write_manifest,
 )
-from gpt.distributed import MOMENTS, ShardedState
+from gpt.distributed import ShardedState
 
 TEMPORARY_PATTERN = re.compile(r"\.tmp-step_\d{8,}-g(\d{6,})")
-STATES = ("fp32", *MOMENTS)
 POLL_SECONDS = 0.05
 
 
@@ -64,8 +63,7 @@ class HostBuffers:
 
 def fragments(state: ShardedState) -> dict[str, torch.Tensor]:
     """This rank's elements of every parameter and state, as "state/parameter": views, where ZeRO keeps them so."""
-    state.ensure_moments()
-    return {f"{kind}/{name}": state.read(name, kind) for name in state.parameters for kind in STATES}
+    return {f"{kind}/{name}": state.read(name, kind) for name in state.parameters for kind in state.states_of(name)}
 
 
 def small_tensors(state: ShardedState, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -117,7 +115,7 @@ def give_up_rank(folder: Path, rank: int, save: int, code: int) -> None:
 
 
 def _is_fragment(name: str) -> bool:
-    return name.partition("/")[0] in STATES
+    return name.partition("/")[0] not in ("rng", "buffer")
 
 
 def _write_sidecar(folder: Path, rank: int, content: dict[str, Any]) -> None:
@@ -170,10 +168,13 @@ def commit(
 
     `fields` are the manifest's that the sidecars do not hold; `before_rename` may still refuse.
     """
-    names = [entry.name for entry in fields["parameters"]]
+    norms: dict[str, dict[str, float]] = {entry.name: {} for entry in fields["parameters"]}
+    for fragment in sidecars[0]["norms"]:
+        kind, _, name = fragment.partition("/")
+        norms[name][kind] = sum(sidecar["norms"][fragment] ** 2 for sidecar in sidecars) ** 0.5
     manifest = Manifest(
         **fields,
-        norms={name: {kind: _norm(sidecars, f"{kind}/{name}") for kind in STATES} for name in names},
+        norms=norms,
         files={rank_file_name(r): sidecar["file"] for r, sidecar in enumerate(sidecars)},
         fragments={rank_file_name(r): sidecar["ranges"] for r, sidecar in enumerate(sidecars)},
     )
@@ -191,10 +192,6 @@ def commit(
     return size
 
 
-def _norm(sidecars: list[dict[str, Any]], name: str) -> float:
-    return sum(sidecar["norms"][name] ** 2 for sidecar in sidecars) ** 0.5
-
-
 def parameter_entries(state: ShardedState) -> list[ParameterEntry]:
     """The manifest's list of parameters."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -205,18 +202,13 @@ def parameter_entries(state: ShardedState) -> list[ParameterEntry]:
 
 
 def optimizer_entry(state: ShardedState) -> OptimizerEntry:
-    """The manifest's optimizer scalars."""
+    """The manifest's optimizer: every trained parameter has the same states."""
     groups = [
-        ParameterGroup(
-            learning_rate=group["lr"],
-            weight_decay=group["weight_decay"],
-            betas=tuple(group["betas"]),
-            eps=group["eps"],
-            step=step,
-        )
-        for group, step in zip(state.groups(), state.optimizer_steps(), strict=True)
+        ParameterGroup(settings=settings, scalars=scalars)
+        for settings, scalars in zip(state.groups(), state.scalars(), strict=True)
     ]
-    return OptimizerEntry(type="adamw", states=list(STATES), groups=groups, loss_scaler=state.loss_scaler())
+    states = next(state.states_of(name) for name in state.parameters if state.group(name) is not None)
+    return OptimizerEntry(type=state.optimizer_type(), states=states, groups=groups, loss_scaler=state.loss_scaler())
 
 
 def remove_leftovers(run: Path, generation: int | None = None) -> list[str]:

@@ -12,8 +12,8 @@ from gpt.checkpoint.read import open_checkpoint
 
 def all_tensors(run: Path) -> dict[str, torch.Tensor]:
     reader = open_checkpoint(run)
-    states = reader.manifest.optimizer.states
-    return {f"{s}/{p.name}": reader.read_tensor(p.name, s) for p in reader.manifest.parameters for s in states}
+    m = reader.manifest
+    return {f"{s}/{p.name}": reader.read_tensor(p.name, s) for p in m.parameters for s in m.states_of(p)}
 
 
 def assert_same_run(runs: Runs, name: str, expected: str) -> None:

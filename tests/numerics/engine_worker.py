@@ -1,6 +1,7 @@
 """One rank of the real engine and Trainer on made-up ragged data; rank 0 saves what a test compares.
 
-Run by torchrun: `engine_worker.py OUT.pt MICRO_BATCH_SEQUENCES`. Rows are those of `ragged_rows`, 8 sequences a step.
+Run by torchrun: `engine_worker.py OUT.pt MICRO_BATCH_SEQUENCES ZERO_STAGE`. Rows are those of `ragged_rows`, 8
+sequences a step.
 """
 
 import sys
@@ -41,7 +42,6 @@ RECIPE: dict[str, Any] = {
     "train": {"global_batch_tokens": SEQUENCES * TOKENS, "micro_batch_sequences": 2, "steps": STEPS, "seed": 5},
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1, "gradient_clip_norm": 0.5, "epsilon": 1e-5},
     "precision": "fp32",
-    "deepspeed": str(PROJECT_ROOT / "ds_configs" / "zero3.json"),
 }
 
 
@@ -63,10 +63,11 @@ class RaggedStream:
         return ragged_rows(np.array(positions))
 
 
-def main(out: Path, micro_batch_sequences: int) -> None:
+def main(out: Path, micro_batch_sequences: int, zero_stage: int) -> None:
     ranks = distributed.start()
     section = {**RECIPE["train"], "micro_batch_sequences": micro_batch_sequences}
-    recipe = parse_recipe({**RECIPE, "train": section}, "of the test")
+    deepspeed = str(PROJECT_ROOT / "ds_configs" / f"zero{zero_stage}.json")
+    recipe = parse_recipe({**RECIPE, "train": section, "deepspeed": deepspeed}, "of the test")
     batch = plan_batch(SEQUENCES, micro_batch_sequences, ranks.world_size)
     config = AutoConfig.for_model(**MODEL)
     settings = build_deepspeed_config(recipe, batch, config.hidden_size)
@@ -76,7 +77,8 @@ def main(out: Path, micro_batch_sequences: int) -> None:
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), settings)
 
     def weights() -> dict[str, torch.Tensor]:
-        return {n: safe_get_full_fp32_param(p).clone().reshape(p.ds_shape) for n, p in model.named_parameters()}
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()}
+        return {n: safe_get_full_fp32_param(p).clone().reshape(shapes[n]) for n, p in model.named_parameters()}
 
     result: dict[str, Any] = {"initial": weights(), "loss": [], "norm": [], "weights": []}
     plain_step = engine.step
@@ -112,4 +114,4 @@ def main(out: Path, micro_batch_sequences: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,8 +1,10 @@
 """The engine's gradient, loss and AdamW steps against plain transformers and torch on one big batch."""
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,39 @@ from gpt.optimizer import Schedule
 from gpt.recipe import PROJECT_ROOT, parse_recipe
 
 WORKER = Path(__file__).with_name("engine_worker.py")
-SPLITS = [(1, 8), (1, 3), (2, 2), (3, 2)]
-"""(ranks, micro-batch sequences): one big forward; 3 uneven ones; 2 ranks x 2; 3 ranks with padding."""
+SPLITS = [
+    (1, 8, 3),
+    (1, 3, 3),
+    (2, 2, 3),
+    (3, 2, 3),
+    (2, 2, 2),
+    *(pytest.param(split, marks=pytest.mark.full) for split in [(2, 2, 1), (3, 2, 1), (3, 2, 2)]),
+]
+"""(ranks, micro-batch sequences, ZeRO stage): one big forward; 3 uneven ones; 2 ranks x 2; 3 ranks with padding."""
 
 
 @pytest.fixture(scope="module")
-def engine_results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Any]]:
+def engine_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, int, int]], dict[str, Any]]:
+    """What the engine gave for a split; each runs once."""
     folder = tmp_path_factory.mktemp("numerics")
-    results = {}
-    for ranks, micro in SPLITS:
-        out = folder / f"{ranks}-{micro}.pt"
+
+    @functools.cache
+    def result(split: tuple[int, int, int]) -> dict[str, Any]:
+        ranks, micro, stage = split
+        out = folder / f"{ranks}-{micro}-{stage}.pt"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         done = subprocess.run(
-            [*command, str(WORKER), str(out), str(micro)],
+            [*command, str(WORKER), str(out), str(micro), str(stage)],
             env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-        results[ranks, micro] = torch.load(out)
-    return results
+        loaded: dict[str, Any] = torch.load(out)
+        return loaded
+
+    return result
 
 
 def plain_model(weights: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -56,9 +70,9 @@ def big_batch_loss(model: PreTrainedModel, step: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_gradient_equals_one_big_batch(engine_results: Any, split: tuple[int, int]) -> None:
+def test_gradient_equals_one_big_batch(engine_results: Any, split: tuple[int, int, int]) -> None:
     """fp32 sums in another order: 1e-5 of the largest element is some ten units in the last place."""
-    result = engine_results[split]
+    result = engine_results(split)
     model = plain_model(result["initial"])
     loss = big_batch_loss(model, 1)
     loss.backward()
@@ -69,22 +83,22 @@ def test_gradient_equals_one_big_batch(engine_results: Any, split: tuple[int, in
         assert difference <= 1e-5 * parameter.grad.abs().max(), name
 
 
-def test_initial_weights_do_not_depend_on_the_world_size(engine_results: Any) -> None:
-    first = engine_results[SPLITS[0]]["initial"]
+@pytest.mark.parametrize("split", SPLITS)
+def test_initial_weights_do_not_depend_on_world_size_or_stage(engine_results: Any, split: Any) -> None:
+    first = engine_results((1, 8, 3))["initial"]
     assert first["model.embed_tokens.weight"].std() == pytest.approx(0.02, rel=0.1)  # transformers' init, not torch's
-    for split in SPLITS[1:]:
-        for name, value in engine_results[split]["initial"].items():
-            assert torch.equal(value, first[name]), f"{name} differs at {split}"
+    for name, value in engine_results(split)["initial"].items():
+        assert torch.equal(value, first[name]), name
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_steps_equal_torch_adamw_with_clipping(engine_results: Any, split: tuple[int, int]) -> None:
+def test_steps_equal_torch_adamw_with_clipping(engine_results: Any, split: tuple[int, int, int]) -> None:
     """Three steps of torch's plain AdamW with decay groups written out by hand, clipped, on the recipe's schedule.
 
     Adam divides a gradient by its own size, which shows the rounding of gradients near epsilon in full: hence a large
     epsilon here, and a bound of 1e-3 of the distance that the weights moved.
     """
-    result = engine_results[split]
+    result = engine_results(split)
     settings = parse_recipe(RECIPE, "of the test").optimizer
     model = plain_model(result["initial"])
     matrices = [p for p in model.parameters() if p.dim() == 2]

@@ -113,7 +113,10 @@ def write_checkpoint(
     probe: bool = True,
     tokenizer: bool = True,
 ) -> Path:
-    """Write the checkpoint that `ranks` ranks training `model` (fp32 masters) in `precision` would; its folder."""
+    """Write the checkpoint that `ranks` ranks training `model` (fp32 masters) in `precision` would; its folder.
+
+    Parameters that need no gradient are frozen: stored in `precision`.
+    """
     run.mkdir(parents=True, exist_ok=True)
     if tokenizer and not (run / "tokenizer").exists():
         make_tokenizer(run / "tokenizer")
@@ -121,6 +124,11 @@ def write_checkpoint(
     directory.mkdir(parents=True)
     parameters = dict(model.named_parameters())
     states = {"fp32": 1.0, "exp_avg": 0.01, "exp_avg_sq": 0.0001}
+    dtype = TORCH_DTYPES[precision]
+    stored = {
+        n: {s: p.detach() * k for s, k in states.items()} if p.requires_grad else {"frozen": p.detach().to(dtype)}
+        for n, p in parameters.items()
+    }
     persistent = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     files, fragments = {}, {}
     for rank in range(ranks):
@@ -131,10 +139,11 @@ def write_checkpoint(
             share = -(-flat.numel() // ranks)
             start, stop = min(flat.numel(), rank * share), min(flat.numel(), (rank + 1) * share)
             ranges.append((start, stop - start))
-            for state, scale in states.items():
+            for state, values in stored[name].items():
                 if stop > start:
-                    part = flat[start:stop] * scale
-                    tensors.append(TensorToWrite(f"{state}/{name}", "F32", (stop - start,), lambda part=part: part))
+                    part = values.reshape(-1)[start:stop]
+                    code = DTYPE_CODES[part.dtype]
+                    tensors.append(TensorToWrite(f"{state}/{name}", code, (stop - start,), lambda part=part: part))
         if rank == 0:
             for name, buffer in persistent.items():
                 code = DTYPE_CODES[buffer.dtype]
@@ -157,7 +166,12 @@ def write_checkpoint(
             generation=1,
             precision=precision,
             parameters=[
-                {"name": n, "shape": list(p.shape), "dtype": precision, "group": 0 if p.dim() > 1 else 1}
+                {
+                    "name": n,
+                    "shape": list(p.shape),
+                    "dtype": precision,
+                    "group": int(p.dim() == 1) if p.requires_grad else None,
+                }
                 for n, p in parameters.items()
             ],
             buffers=list(persistent),
@@ -166,7 +180,10 @@ def write_checkpoint(
                 "type": "adamw",
                 "states": list(states),
                 "groups": [
-                    {"learning_rate": 1e-3, "weight_decay": w, "betas": (0.9, 0.95), "eps": 1e-8, "step": step}
+                    {
+                        "settings": {"lr": 1e-3, "weight_decay": w, "betas": (0.9, 0.95), "eps": 1e-8},
+                        "scalars": {"step": step},
+                    }
                     for w in (0.1, 0.0)
                 ],
             },
@@ -178,9 +195,7 @@ def write_checkpoint(
                 "data": {"sequence_length": 40},
             },
             versions={"trainyard": "0.1.0", "transformers": "5.23.0"},
-            norms={
-                n: {s: float(p.detach().double().norm()) * k for s, k in states.items()} for n, p in parameters.items()
-            },
+            norms={n: {s: float(v.double().norm()) for s, v in values.items()} for n, values in stored.items()},
             probe=make_probe(trained) if probe else None,
             files=files,
             fragments=fragments,

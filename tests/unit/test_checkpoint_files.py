@@ -204,6 +204,19 @@ def test_any_range_is_the_same_whatever_the_number_of_ranks(tmp_path: Path, rank
         reader.read_tensor(name, "exp_avg_cubed")
 
 
+def test_frozen_parameters_are_read_in_the_training_dtype_and_have_no_moments(tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    model.model.embed_tokens.requires_grad_(False)
+    reader = CheckpointReader(write_checkpoint(tmp_path / "run", model, ranks=3))
+    name, frozen = "model.embed_tokens.weight", model.model.embed_tokens.weight
+    entry = reader.manifest.parameters[reader.index(name)]
+    assert (entry.weights, reader.manifest.states_of(entry)) == ("frozen", ["frozen"])
+    assert torch.equal(reader.read_tensor(name), frozen.bfloat16().float())
+    assert torch.equal(load_plain_model(tmp_path / "run").lm_head.weight, frozen.bfloat16())
+    with pytest.raises(DamagedFileError, match=f"holds no tensor exp_avg/{name}"):
+        reader.read_tensor(name, "exp_avg")
+
+
 def test_a_parameter_smaller_than_the_world_is_read(tmp_path: Path) -> None:
     model = make_model()
     model.register_parameter("gate", torch.nn.Parameter(torch.tensor([4.5])))

@@ -10,7 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from recipe_samples import make_recipe
 
 from gpt.batch import BatchPlan, plan_batch
-from gpt.deepspeed_config import REFUSED_KEYS, build_deepspeed_config
+from gpt.deepspeed_config import NEEDED_VALUES, REFUSED_KEYS, build_deepspeed_config
 
 HIDDEN = 64
 GOOD: dict[str, Any] = {
@@ -161,10 +161,51 @@ def test_auto_is_refused_wherever_the_recipe_owns_nothing(tmp_path: Path, conten
     assert f'"auto" is left over at {place},' in refusal(tmp_path, GOOD | content)
 
 
-@pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 0}, {}, {"stage": "auto"}, {"stage": True}])
-def test_stages_other_than_3_are_refused(tmp_path: Path, zero: dict[str, Any]) -> None:
+@pytest.mark.parametrize("zero", [{"stage": 0}, {"stage": 4}, {}, {"stage": "auto"}, {"stage": True}])
+def test_stages_other_than_1_2_and_3_are_refused(tmp_path: Path, zero: dict[str, Any]) -> None:
     message = refusal(tmp_path, GOOD | {"zero_optimization": zero})
-    assert f"zero_optimization.stage is {zero.get('stage', 0)}; this version trains with ZeRO stage 3 only" in message
+    assert f"zero_optimization.stage is {zero.get('stage', 0)!r}, but checkpoints and fp32 accumulation need" in message
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_and_cpu_offload_are_good_with_the_recipes_own_optimizer(tmp_path: Path, stage: int) -> None:
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}
+    zero |= {"offload_param": {"device": "cpu"}} if stage == 3 else {}
+    config = build(tmp_path, GOOD | {"zero_optimization": zero})
+    assert config["zero_optimization"] == zero
+    assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("zero_optimization.offload_optimizer.device", "nvme"),
+        ("zero_optimization.offload_param.device", "nvme"),
+        ("zero_optimization.offload_optimizer.ratio", 0.5),
+        ("zero_optimization.offload_optimizer.super_offload", True),
+        ("zero_optimization.round_robin_gradients", True),
+        ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
+        ("zero_optimization.compute_grad_norm", False),
+        ("bf16.bf16_master_weights_and_grads", True),
+        ("bf16.bf16_optimizer_states", True),
+        ("fp16.fp16_master_weights_and_grads", True),
+    ],
+)
+def test_what_has_no_exact_checkpoint_is_refused(tmp_path: Path, place: str, value: Any) -> None:
+    content: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    *parents, last = place.split(".")
+    node = content
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[last] = value
+    message = refusal(tmp_path, content)
+    assert f"{place} is {value!r}, but {NEEDED_VALUES[place][1]}" in message and message.count(";") == 0
+
+
+@pytest.mark.parametrize("key", ["stage3_param_persistence_threshold", "offload_param"])
+def test_keys_of_stage_3_are_refused_at_others(tmp_path: Path, key: str) -> None:
+    message = refusal(tmp_path, {"zero_optimization": {"stage": 2, key: {}}})
+    assert f"zero_optimization.{key} has no meaning at stage 2: leave it out" in message
 
 
 @pytest.mark.parametrize("zero", [[], "auto", 3, None])
@@ -174,8 +215,8 @@ def test_a_zero_section_that_is_no_object_is_refused_in_words(tmp_path: Path, ze
 
 
 def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
-    message = refusal(tmp_path, GOOD | {"train_batch_size": 3, "aio": "auto", "zero_optimization": {"stage": 1}})
-    assert all(part in message for part in ("train_batch_size is 3", "left over at aio", "stage is 1"))
+    message = refusal(tmp_path, GOOD | {"train_batch_size": 3, "aio": "auto", "zero_optimization": {"stage": 0}})
+    assert all(part in message for part in ("train_batch_size is 3", "left over at aio", "stage is 0"))
 
 
 def test_a_missing_file_names_the_shipped_ones(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from gpt.model import (
     CompiledLayers,
     build_config,
+    check_frozen,
     checkpoint_gradients,
     count_parameters,
     decoder_layers,
+    describe_model,
+    frozen_names,
     is_run_directory,
 )
 from gpt.recipe import Model
@@ -181,6 +184,33 @@ def test_a_run_without_checkpoints_is_refused(tokenizer: PreTrainedTokenizerBase
         build_config(Model(pretrained=str(tmp_path)), tokenizer, 32)
 
 
+# Frozen parameters
+
+
+def test_patterns_freeze_what_they_name(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make_model(tie_word_embeddings=True)
+    assert frozen_names(model, []) == []
+    assert frozen_names(model, ["lm_head.*"]) == ["lm_head.weight"]  # the second name of a tied parameter
+    norms = frozen_names(model, ["model.layers.1.*norm.weight", "model.norm.*"])
+    assert norms == [
+        f"model.{n}.weight" for n in ("layers.1.input_layernorm", "layers.1.post_attention_layernorm", "norm")
+    ]
+    check_frozen(Model(config=LLAMA, frozen=["*.mlp.*"]), config_of(tokenizer))
+
+
+def test_a_pattern_that_matches_nothing_names_near_parameters() -> None:
+    with pytest.raises(
+        ValueError, match=r"no parameter matches 'embed_tokens\.weight'; near: model\.embed_tokens\.weight"
+    ):
+        frozen_names(make_model(), ["*norm*", "embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("patterns", [["*"], ["model.*", "lm_head.weight"]])
+def test_a_model_with_nothing_left_to_train_is_refused(patterns: list[str]) -> None:
+    with pytest.raises(ValueError, match="matches every parameter: nothing is left to train"):
+        frozen_names(make_model(), patterns)
+
+
 # What is set on the model from outside
 
 # per layer: four attention matrices of 32 x 32 (two of them with half the heads), three of 32 x 64, two norms of 32
@@ -197,6 +227,13 @@ def test_parameters_are_counted_untied() -> None:
 def test_a_tied_embedding_counts_once_and_as_the_output_layer() -> None:
     total, matrices = count_parameters(make_model(tie_word_embeddings=True))
     assert total == matrices == 2 * LLAMA_LAYER + 32 + EMBEDDING
+
+
+def test_frozen_parameters_are_shown() -> None:
+    model = make_model()
+    assert describe_model(model, "bf16") == f"{count_parameters(model)[0]:,} parameters, LlamaForCausalLM, bf16"
+    model.model.norm.requires_grad_(False)
+    assert "parameters (32 of them frozen), Llama" in describe_model(model, "bf16")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipe_samples import make_recipe
 
-from gpt.optimizer import Schedule, build_optimizer, parameter_groups
+from gpt.optimizer import Schedule, build_optimizer, parameter_groups, state_names
 
 
 def schedule(total_steps: int, **settings: Any) -> Schedule:
@@ -131,6 +131,30 @@ def test_parameters_decay_by_their_dimensions() -> None:
 def test_an_empty_group_is_left_out() -> None:
     [group] = parameter_groups([("weight", torch.nn.Parameter(torch.zeros(2, 2)))], weight_decay=0.1)
     assert group["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "nadam", "radam", "sgd"])
+def test_optimizers_are_right_on_flat_pieces(kind: str) -> None:
+    """ZeRO's use of them: one flat tensor instead of a matrix. A row-wise optimizer would give other numbers."""
+    settings = make_recipe({"optimizer.type": kind, "optimizer.momentum": 0.9 if kind == "sgd" else None}).optimizer
+    torch.manual_seed(0)
+    whole, results = torch.randn(6, 4), []
+    gradients = torch.randn(8, 24)
+    for pieces in ([24], [7, 17]):
+        model = torch.nn.Module()
+        for number, piece in enumerate(whole.flatten().split(pieces)):
+            shape = (6, 4) if pieces == [24] else (len(piece), 1)  # two dimensions: these decay
+            model.register_parameter(f"p{number}", torch.nn.Parameter(piece.clone().view(shape)))
+        optimizer = build_optimizer(model, settings)
+        assert type(optimizer).__name__.lower() == kind
+        assert state_names(settings) == (["momentum_buffer"] if kind == "sgd" else ["exp_avg", "exp_avg_sq"])
+        for gradient in gradients:
+            for parameter, piece in zip(model.parameters(), gradient.split(pieces), strict=True):
+                parameter.grad = piece.clone().view(parameter.shape)
+            optimizer.step()
+        results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert not torch.equal(results[0], whole.flatten())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-8)
 
 
 def test_adamw_gets_the_recipes_numbers_and_makes_the_step_of_its_formula() -> None:

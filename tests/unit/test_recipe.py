@@ -210,6 +210,23 @@ def test_decay_steps_belong_to_warmup_stable_decay(changes: dict[str, Any]) -> N
     assert "optimizer.decay_steps belongs to schedule warmup_stable_decay" in refusal(changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optimizer.type": "sgd"}, "optimizer.momentum belongs to type sgd and is required there"),
+        ({"optimizer.momentum": 0.9}, "type is adamw, momentum is 0.9"),
+        (
+            {"optimizer.type": "sgd", "optimizer.momentum": 0, "optimizer.betas": [0.9, 0.9]},
+            "optimizer.betas is [0.9, ",
+        ),
+        ({"optimizer.type": "sgd", "optimizer.momentum": 0, "optimizer.epsilon": 1e-5}, "optimizer.epsilon is 1e-05"),
+        ({"optimizer.type": "adafactor"}, "optimizer.type"),
+    ],
+)
+def test_options_of_another_optimizer_are_refused(changes: dict[str, Any], said: str) -> None:
+    assert said in refusal(changes)
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "", "a b", "a\n", "Übung", 7])
 def test_names_that_are_no_directory_of_their_own_are_refused(name: Any) -> None:
     assert "name: " in refusal({"name": name})
@@ -322,9 +339,10 @@ def test_a_missing_recipe_names_the_shipped_ones(tmp_path: Path) -> None:
 
 
 def test_a_fork_starts_from_the_runs_weights_under_another_name(tmp_path: Path) -> None:
-    recipe = make_recipe({"runs_directory": str(tmp_path)})
+    recipe = make_recipe({"runs_directory": str(tmp_path), "model.frozen": ["model.norm.*"]})
     forked = fork_recipe(recipe, "second")
     assert forked.model.pretrained == str(tmp_path / "small")
+    assert forked.model.frozen == ["model.norm.*"]
     assert forked.model.config is None
     assert forked.run_directory() == tmp_path / "second"
     assert forked.model_dump(exclude={"name", "model"}) == recipe.model_dump(exclude={"name", "model"})
