@@ -75,10 +75,10 @@ def assert_near(runs: Runs, name: str, expected: str, tolerance: float) -> None:
             assert record.get(key) == pytest.approx(theirs[step].get(key), abs=tolerance), f"{key} of step {step}"
 
 
-def kill_behind(runs: Runs, name: str, checkpoint: int, **changes: Any) -> None:
-    """Start a run and kill it when it has committed a checkpoint of this step or a later one, and gone beyond it."""
+def kill_behind(runs: Runs, name: str, saved_step: int, **changes: Any) -> None:
+    """Start a run and kill it when it has committed `saved_step` or a later one, and gone beyond it."""
     live = runs.start(name, **changes)
-    live.wait_until(lambda: live.last_step() > max([checkpoint - 1, *list_checkpoints(live.directory)]) >= checkpoint)
+    live.wait_until(lambda: live.last_step() > max([saved_step - 1, *list_checkpoints(live.directory)]) >= saved_step)
     live.kill()
 
 
