@@ -247,7 +247,7 @@ class Trainer:
         reason = "the gradient is not finite" if np.isfinite(loss) else f"the loss is {loss}"
         details: dict[str, Any] = {"loss_scale": distributed.loss_scale(self.engine)}
         if np.isfinite(loss) and self._fault is None and distributed.lower_loss_scale(self.engine):
-            reason += f" at the fp16 loss scale {details['loss_scale']:g}, which is lowered"
+            reason += f": an overflow at the fp16 loss scale {details['loss_scale']:g}"
         elif origin := self._find_origin(batch, random):
             reason += f"; first not finite was {origin}"
             details |= asdict(origin)
