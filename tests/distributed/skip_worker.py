@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import xxhash
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import AutoConfig
 
 from gpt import distributed
@@ -81,13 +80,14 @@ def plant(model: torch.nn.Module, kind: str, forwards: list[int], rank: int) -> 
 
 
 def state_of(model: torch.nn.Module, engine: Any) -> list[torch.Tensor]:
-    """Every master weight, every training weight, every moment and every count of updates."""
-    found = []
-    for parameter in model.parameters():
-        found.append(safe_get_full_fp32_param(parameter).clone())
-        found.append((parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach().clone())
-        found += [safe_get_full_optimizer_state(parameter, name).clone() for name in distributed.MOMENTS]
-    return found + [s["step"].clone() for s in engine.optimizer.optimizer.state.values() if "step" in s]
+    """This rank's master weights, moments and counts of updates, and the training weights."""
+    found = [(p.ds_tensor if hasattr(p, "ds_tensor") else p).detach().clone() for p in model.parameters()]
+    for group in engine.optimizer.optimizer.param_groups:
+        for flat in group["params"]:
+            found.append(flat.detach().clone())
+    for state in engine.optimizer.optimizer.state.values():
+        found += [value.clone() for _, value in sorted(state.items())]
+    return found
 
 
 def run_case(case: str, folder: Path, ranks: distributed.Ranks) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def run_case(case: str, folder: Path, ranks: distributed.Ranks) -> dict[str, Any
             handle.remove()
         result["random"].append(xxhash.xxh3_64_hexdigest(torch.get_rng_state().numpy().tobytes()))
         after = state_of(model, trainer.engine)
-        mine = float(bool(before) and all(map(torch.equal, before, after)))
+        mine = float(len(before) == len(after) and all(map(torch.equal, before, after)))
         result["unchanged"].append(distributed.gather_floats([mine], ranks)[:, 0].tolist())
         result["losses"].append(record.get("train/loss"))
         result["rates"].append(record.get("train/learning_rate"))
