@@ -213,7 +213,7 @@ class ShardedState:
 
 def loss_scale(engine: Any) -> float:
     """The factor by which fp16 losses are scaled; 1 in other precisions."""
-    return float(engine.optimizer.loss_scale)
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))  # DeepSpeed's BF16_Optimizer has none
 
 
 def gradient_norm(engine: Any) -> float:
