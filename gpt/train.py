@@ -255,12 +255,17 @@ def _run_claimed(
     _check_isolation(plan, trainer)
     if owner is not None and resumed >= plan.schedule.total_steps:
         print(f"nothing is left to do: the run ended at step {resumed}")
-    trainer.fit()
-    if owner is not None and metrics is not None:
-        metrics.close()
-        if trainer.stopped_at is None:
-            owner.write_event("end", step=plan.schedule.total_steps)
+    _fit(trainer)
     return trainer.stopped_at
+
+
+def _fit(trainer: Any) -> None:
+    """Train to the end, and write what is left to write of it."""
+    trainer.fit()
+    if trainer.owner is not None and trainer.metrics is not None:
+        trainer.metrics.close()
+        if trainer.stopped_at is None:
+            trainer.owner.write_event("end", step=trainer.schedule.total_steps)
 
 
 def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple[PreTrainedModel, int, Callable[[], Any]]:

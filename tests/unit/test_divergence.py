@@ -183,8 +183,15 @@ def test_the_module_whose_output_is_not_finite_is_found(model: PreTrainedModel) 
 
 @pytest.mark.parametrize("place", ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj", "lm_head"])
 def test_the_module_whose_gradient_is_not_finite_is_found(model: PreTrainedModel, place: str) -> None:
-    """The two projections share their inputs with others, whose gradients must not take the blame."""
+    expected = f"the gradient of {place} (rank 3, micro-batch 1)"
+    assert origin_of(model, place, multiply_gradient(float("inf"))) == expected
+
+
+def test_a_frozen_module_is_not_blamed_for_another_that_shares_its_input(model: PreTrainedModel) -> None:
+    mlp = model.get_submodule("model.layers.0.mlp").requires_grad_(False)
+    place = "model.layers.0.mlp.up_proj"  # gate_proj reads the same tensor, and comes first
     found = origin_of(model, place, multiply_gradient(float("inf")))
+    mlp.requires_grad_(True)
     assert found == f"the gradient of {place} (rank 3, micro-batch 1)"
 
 
