@@ -129,7 +129,7 @@ class Trainer:
                     self._stop(step - 1)
                     break
                 self._do_step(step, batch)
-        except ValueError:
+        except (ValueError, OSError):
             self.saver.leave()
             raise
         self.batches.close()
