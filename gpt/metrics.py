@@ -124,8 +124,11 @@ class MetricsWriter:
         """
         with self._writing:
             self._write_pending()
-            os.fsync(self._file.fileno())
+            step = self._step
+        os.fsync(self._file.fileno())  # which may take its time: the next step's line need not wait
+        with self._writing:
             if self._board is None:
+                self._write_pending()
                 self._board = self._open_board(self._synced_step + 1)
                 for record in _records(self._run.path / "metrics.jsonl"):
                     if record["step"] > self._synced_step:
@@ -135,7 +138,7 @@ class MetricsWriter:
             except OSError:
                 self._board = None
                 raise
-            self._synced_step = self._step
+            self._synced_step = step
 
     def close(self) -> None:
         """Write what is left."""

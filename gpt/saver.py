@@ -259,7 +259,7 @@ class Saver:
         message = f"the checkpoint of step {save.step} could not be written: {'; '.join(errors)}"
         if self._owner is not None:
             self._write_event("checkpoint failed", step=save.step, errors=errors)
-            say(f"warning: {message}. The earlier ones are untouched, and training goes on")
+            say(f"warning: {message}. The earlier ones are untouched")
         if self._failed_in_a_row >= self._settings.max_failed_saves:
             raise ValueError(
                 f"{message}. It was the last of {self._failed_in_a_row} saves in a row that failed "

@@ -1,9 +1,11 @@
 """Every step stands once in metrics.jsonl and in TensorBoard, whatever was killed in between."""
 
+import errno
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,3 +203,45 @@ def test_measured_quantities_are_of_this_machine(tmp_path: Path) -> None:
     metrics = host_metrics(tmp_path)
     assert set(metrics) == {"memory/host_gib", "disk/free_gib"}
     assert all(isinstance(value, float) and value > 0 for value in metrics.values())
+
+
+def test_what_a_full_disk_did_not_take_is_written_later_once(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    writer = MetricsWriter(run, 0, 100, 100)
+    full = [False]
+
+    class Disk:
+        """Takes ten bytes before it is full."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            if full == [True]:
+                full[0] = "quite"
+                return self.file.write(data[:10])
+            if full[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    writer._file = Disk(writer._file)
+    board = writer._board
+    for step in range(1, 7):
+        full[0] = {3: True, 4: "quite", 5: "quite"}.get(step, False)
+        if step == 2:  # its own thread died of the disk
+            monkeypatch.setattr(
+                board._get_file_writer().event_writer._async_writer._worker, "exception", OSError("full")
+            )
+        if step == 4:
+            with pytest.raises(OSError):
+                writer.sync()
+        writer.write(step, {"train/loss": float(step)})
+    writer.close()
+    assert "warning: the metrics of step 3 wait" in capfd.readouterr().out
+    assert [record["step"] for record in lines(run)] == [1, 2, 3, 4, 5, 6]
+    shown = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
+    assert [(scalar.step, scalar.value) for scalar in shown] == [(step, float(step)) for step in range(1, 7)]

@@ -18,6 +18,8 @@ from gpt.model import (
     count_parameters,
     decoder_layers,
     describe_model,
+    draws_random_numbers,
+    elements_of,
     frozen_names,
     is_run_directory,
 )
@@ -278,3 +280,20 @@ def test_plain_layers_are_at_hand_and_given_back_even_after_an_error() -> None:
         assert [layer.forward for layer in decoder_layers(model)] == before
         raise KeyError
     assert [layer.forward for layer in decoder_layers(model)] == while_training
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_elements_are_counted_without_making_the_model(model_type: str) -> None:
+    model = make_model(model_type, tie_word_embeddings=True)
+    assert elements_of(model.config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_model_that_draws_random_numbers_in_training_is_known() -> None:
+    off = {f"{place}_pdrop": 0.0 for place in ("resid", "embd", "attn")}
+    assert not draws_random_numbers(make_model("llama"))
+    assert draws_random_numbers(make_model("llama", attention_dropout=0.1))  # a function's, in no module
+    assert not draws_random_numbers(make_model("gpt2", **off))
+    assert draws_random_numbers(make_model("gpt2", **off | {"embd_pdrop": 0.1}))
+    model = make_model("llama")
+    model.add_module("extra", torch.nn.Dropout(0.2))
+    assert draws_random_numbers(model)

@@ -352,3 +352,24 @@ def test_a_fork_starts_from_the_runs_weights_under_another_name(tmp_path: Path) 
 def test_a_fork_needs_a_good_name_of_its_own(name: str) -> None:
     with pytest.raises(ValueError, match=r"--fork needs a name other than|name: "):
         fork_recipe(make_recipe(), name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "without", "good"),
+    [
+        ({"checkpoint.every_steps": 10, "evaluate.every_steps": 5}, (), True),
+        ({"checkpoint.every_steps": 5, "evaluate.every_steps": 10}, (), False),
+        ({"checkpoint.every_steps": 10}, (), False),
+        ({"evaluate.every_steps": 10}, (), False),
+        ({"checkpoint.every_steps": 10, "evaluate.every_steps": 5}, ("data.validation",), False),
+    ],
+)
+def test_the_best_checkpoints_need_an_evaluation_at_every_save(
+    changes: dict[str, int], without: tuple[str, ...], good: bool
+) -> None:
+    if good:
+        make_recipe({"checkpoint.keep_best": 1} | changes, without)
+    else:
+        with pytest.raises(ValueError, match=r"checkpoint\.keep_best needs an evaluation at every save"):
+            make_recipe({"checkpoint.keep_best": 1} | changes, without)
+    make_recipe(changes, without)

@@ -85,6 +85,7 @@ def test_a_tokenizer_that_changed_since_is_refused(prepared_data: PreparedData, 
         ({"model.config.vocab_size": 1000}, "model.config.vocab_size is 1000, but the tokenizer has 300 tokens"),
         ({"optimizer.warmup_steps": 10}, "optimizer.warmup_steps is 10, but the whole run has 10 steps"),
         ({"deepspeed": "nowhere.json"}, "DeepSpeed file nowhere.json does not exist"),
+        ({"checkpoint.budget_bytes": 1000}, "but checkpoint.budget_bytes is 1,000: keep fewer"),
         ({"evaluate.sample_prompt": "the king " * 40}, "tokens, but data.sequence_length is 32: shorten the prompt"),
     ],
 )
