@@ -22,6 +22,7 @@ from gpt.checkpoint.format import Greedy, Probe
 from gpt.checkpoint.probe import make_probe
 from gpt.checkpoint.write import Written, delete_old_checkpoints
 from gpt.distributed import Ranks
+from gpt.heartbeat import STRAGGLER_STEPS, Heartbeat, Stragglers, busy_seconds, read_beat
 from gpt.loss import cross_entropy_sum, loss_for_backward
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib
 from gpt.optimizer import Schedule
@@ -109,9 +110,11 @@ class Trainer:
     peak_flops: float = 0.0
     first_step: int = 1
     restarts: int = 0
+    heartbeat: Heartbeat | None = None
 
     def __post_init__(self) -> None:
         self._failed_saves = 0
+        self._stragglers = Stragglers()
         self._last_commit = time.monotonic()
         self._checkpoint_bytes = 0
         self._stall_seconds = 0.0
@@ -129,7 +132,7 @@ class Trainer:
             ValueError: the loss is not finite, or the last checkpoint cannot be written.
         """
         for step in range(self.first_step, self.schedule.total_steps + 1):
-            self._phase(f"step {step}")
+            self._phase("waiting for data", step)
             batch = self.take(step)
             if batch.stop:
                 self._stop(step - 1)
@@ -155,6 +158,7 @@ class Trainer:
         started = time.perf_counter()
         forwards = self.batches.take(step)
         waited = time.perf_counter() - started
+        self._phase("step")
         mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested()]
         everyone = distributed.gather_floats(mine, self.ranks)
         return StepBatch(forwards, int(everyone[:, 0].sum()), bool(everyone[:, 1].any()), started, waited)
@@ -170,7 +174,7 @@ class Trainer:
 
     def train_step(self, step: int, batch: "StepBatch") -> Record:
         """One optimizer step; returns the step's record (complete on rank 0 only)."""
-        started, busy = batch.started, time.process_time()
+        started, busy = batch.started, busy_seconds()
         forwards, target_tokens = batch.forwards, batch.target_tokens
         if target_tokens == 0:
             raise ValueError(f"the global batch of step {step} has no target token: nothing can be learned from it")
@@ -184,8 +188,8 @@ class Trainer:
             self.engine.backward(loss_for_backward(part, target_tokens, self.ranks.world_size), scale_wrt_gas=False)
             self.engine.step()
             loss_sum += part.detach()
-        # Its own processor time: on a CPU a rank sleeps while it waits for another one. A GPU's host tells nothing.
-        busy = time.process_time() - busy if self.ranks.device.type == "cpu" else 0.0
+        # on a CPU a rank sleeps while it waits for another one; a GPU's host tells nothing
+        busy = busy_seconds() - busy if self.ranks.device.type == "cpu" else 0.0
         mine = [float(loss_sum), busy, batch.data_wait_seconds, peak_memory_gib(self.ranks.device)]
         everyone = distributed.gather_floats(mine, self.ranks)
         loss = float(everyone[:, 0].sum()) / target_tokens
@@ -215,6 +219,8 @@ class Trainer:
         self.peak_flops = max(self.peak_flops, flops)
         stall, self._stall_seconds = self._stall_seconds, 0.0
         busy = everyone[:, 1]
+        for rank, ratio in self._stragglers.observe(busy):
+            self._report_straggler(step, rank, ratio)
         return {
             "train/loss": loss,
             "train/gradient_norm": distributed.gradient_norm(self.engine),
@@ -239,12 +245,24 @@ class Trainer:
             "sample_digest": self.batches.digest(step),
         }
 
+    def _report_straggler(self, step: int, rank: int, ratio: float) -> None:
+        assert self.owner is not None
+        beat = read_beat(self.run, self.owner.generation, rank)
+        host = beat.host if beat is not None else "an unknown host"
+        self.owner.write_event("straggler", step=step, rank=rank, host=host, ratio=ratio)
+        print(
+            f"warning: rank {rank} on {host} needed {ratio:.1f} times the others' median for its part of the last "
+            f"{STRAGGLER_STEPS} steps, and they wait for it: see what else runs there",
+            flush=True,
+        )
+
     def _is_due(self, step: int, every_steps: int | None) -> bool:
         return step == self._stop_at or (every_steps is not None and step % every_steps == 0)
 
-    def _phase(self, phase: str) -> None:
-        if self.owner is not None:
-            self.owner.set_phase(phase)
+    def _phase(self, phase: str, step: int | None = None) -> None:
+        """Tell the heartbeat that this rank goes on; every rank calls this in the same order."""
+        if self.heartbeat is not None:
+            self.heartbeat.progress(phase, step)
 
     def _save(self, step: int, greedy: Greedy | None) -> None:
         """Probe, write, commit, delete what is no longer kept. A failed write is reported and training goes on."""

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gpt.recipe import Recipe, parse_recipe
+from gpt.recipe import Faults, Recipe, parse_recipe
 from launch import local
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -44,6 +44,7 @@ def recipe(tmp_path: Path) -> Recipe:
         "data": {"train": [{"path": "none"}], "sequence_length": 8},
         "train": {"global_batch_tokens": 16, "micro_batch_sequences": 1, "steps": 1},
         "optimizer": {"learning_rate": 1e-3},
+        "faults": {"restarts": 0},
     }
     return parse_recipe(content, "test")
 
@@ -139,7 +140,7 @@ def test_a_killed_rank_is_named_and_takes_the_others_down(
         time.sleep(60)
     """)
     started = time.monotonic()
-    assert local.run_workers(recipe, processes=2) == 1
+    assert local.run_workers(recipe, processes=2) == 86
     assert time.monotonic() - started < 10
     out, err = capfd.readouterr()
     killed = re.findall(r"rank (\d) \(process (\d+) on \S+\) was killed by (\w+)", err)
@@ -212,7 +213,8 @@ def test_a_second_signal_to_one_rank_ends_the_run(
 ) -> None:
     worker(SAVING.format(place=str(tmp_path)).replace("sleep(0.5)", "sleep(60)"))
     thread = send_when_ready(tmp_path, 2, (0, 0, signal.SIGTERM), (1.2, 0, signal.SIGTERM))
-    assert local.run_workers(recipe, processes=2) == 1
+    recipe = recipe.model_copy(update={"faults": Faults(restarts=1)})  # what was asked to stop is not started again
+    assert local.run_workers(recipe, processes=2) == 143
     thread.join()
     assert re.search(r"rank 1 .* ended with exit code 143", capfd.readouterr().err)
     assert worker_processes() == []
