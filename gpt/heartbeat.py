@@ -25,8 +25,11 @@ DEAD_STATES = ("stopped", "tracing-stop", "disk-sleep", "zombie", "dead", "gone"
 STRAGGLER_RATIO = 1.5
 STRAGGLER_STEPS = 50
 
-# frames in which a rank waits for others: torch's collectives, and DeepSpeed's around them
-_COLLECTIVE = re.compile(r"torch/distributed/(distributed_c10d|c10d_logger)\.py|deepspeed/comm/")
+# frames in which a rank waits for others: torch's collectives, DeepSpeed's, handles of its asynchronous ones, and ours
+_COLLECTIVE = re.compile(
+    r"torch/distributed/|deepspeed/comm/|deepspeed/.* in wait$|gpt/distributed\.py.* in (gather|broadcast)",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,12 @@ class Sign:
 
     def describe(self) -> str:
         """One line."""
-        state = f"its process is {self.state}" if self.state else f"last heartbeat {self.silent_seconds:.0f} s ago"
+        state = f"; its process is {self.state}" if self.state else ""
         answer = "" if self.state is None else ", gave no stacks" if self.stacks is None else ", gave its stacks"
-        return f"rank {self.rank} on {self.host}: step {self.step}, phase {self.phase}, {state}{answer}"
+        return (
+            f"rank {self.rank} on {self.host}: {self.silent_seconds:.0f} s ago in step {self.step}, phase {self.phase}"
+            f"{state}{answer}"
+        )
 
 
 def find_behind(signs: Sequence[Sign], silent_seconds: float) -> tuple[list[Sign], str]:

@@ -63,7 +63,6 @@ class MetricsWriter:
         for key, value in clean.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(key, value, step)
-        self._board.flush()  # its thread must have nothing left to write when another start takes over
         self._recent.append(time.monotonic())
         if step % self._console_every_steps == 0 or step in (1, self._total_steps) or "evaluate/loss" in record:
             print(self._console_line(step, record), flush=True)
@@ -72,7 +71,6 @@ class MetricsWriter:
         """A text for TensorBoard, shown as it is."""
         self._run.check_ownership()
         self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
-        self._board.flush()
 
     def sync(self) -> None:
         """Bring everything to disk: what a checkpoint commits must not be ahead of its metrics."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from gpt.heartbeat import (
+    DEAD_STATES,
     STACKS_SIGNAL,
     Beat,
     Sign,
@@ -21,7 +22,7 @@ from gpt.heartbeat import (
     read_beats,
 )
 from gpt.recipe import Faults
-from gpt.run_directory import newest_generation
+from gpt.run_directory import heartbeat_file, newest_generation
 
 MEETING_SECONDS = 600.0
 """Ranks have no heartbeat until they have met: imports, building extensions and waiting for hosts take time."""
@@ -58,6 +59,12 @@ class HangWatch:
         finally:
             self._stop.set()
             thread.join()
+            if self.hang is None and self._ours and self._report.exists():  # another host was first to end its ranks
+                self.hang = self._report.read_text(encoding="utf-8").splitlines()[-1]
+
+    @property
+    def _report(self) -> Path:
+        return heartbeat_file(self._run, self._generation, 0).with_name("hang.txt")
 
     def _watch(self) -> None:
         before: object = None
@@ -117,7 +124,9 @@ class HangWatch:
         names = ", ".join(f"rank {sign.rank} on {sign.host}" for sign in behind) or "no rank can be named"
         self.hang = f"no progress for {seconds:.0f} s: {names} ({reason})"
         lines = [sign.describe() for sign in signs]
-        (self._logs / "hang.txt").write_text("\n".join([*lines, self.hang]) + "\n", encoding="utf-8")
+        if self._ours:
+            with contextlib.suppress(OSError):
+                self._report.write_text("\n".join([*lines, self.hang]) + "\n", encoding="utf-8")
         print(
             *(f"trainyard: {line}" for line in lines),
             f"trainyard: stacks of all threads: {self._logs}/rank_*.stacks.txt",
@@ -138,7 +147,11 @@ class HangWatch:
     def _collect_stacks(self, processes: dict[int, psutil.Process]) -> dict[int, str]:
         """What the ranks of this host write when they are asked, until all have or STACKS_SECONDS are over."""
         files = {rank: self._logs / f"rank_{rank}.stacks.txt" for rank in processes}
-        files = {rank: file for rank, file in files.items() if file.exists()}  # before, the signal would kill
+        files = {
+            rank: file
+            for rank, file in files.items()
+            if file.exists() and _state(processes[rank]) not in DEAD_STATES  # before the file is there, it would die
+        }
         for rank in files:
             with contextlib.suppress(psutil.NoSuchProcess):
                 processes[rank].send_signal(STACKS_SIGNAL)
