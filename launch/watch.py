@@ -43,7 +43,7 @@ class HangWatch:
     def __init__(self, run: Path, logs: Path, ranks: range, faults: Faults) -> None:
         self._run, self._logs, self._ranks, self._faults = run, logs, ranks, faults
         self._interval_seconds = heartbeat_interval(faults.hang_seconds, faults.stale_seconds)
-        self._generation = newest_generation(run)
+        self._before = self._generation = newest_generation(run)
         self._ours = False
         self._stop = threading.Event()
         self.hang: str | None = None
@@ -90,7 +90,9 @@ class HangWatch:
     def _own_beats(self) -> list[Beat]:
         """Of this host's ranks, once they have claimed the run directory."""
         if not self._ours:
-            self._generation = max(self._generation, newest_generation(self._run))
+            self._generation = newest_generation(self._run)
+            if self._generation == self._before:
+                return []
         beats = [beat for rank in self._ranks if (beat := read_beat(self._run, self._generation, rank))]
         beats = [beat for beat in beats if (beat.host, beat.launcher) == (socket.gethostname(), os.getpid())]
         self._ours = self._ours or bool(beats)
