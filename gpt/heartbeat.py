@@ -117,10 +117,10 @@ def heartbeat_interval(hang_seconds: float, stale_seconds: float) -> float:
 
 
 def read_beat(run: Path, generation: int, rank: int) -> Beat | None:
-    """A rank's heartbeat; None where there is none (yet), or one that its host's end cut short."""
+    """A rank's heartbeat; None where there is none (yet), where it cannot be read, or its host's end cut it short."""
     try:
         return Beat(**json.loads(heartbeat_file(run, generation, rank).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError):
         return None
 
 

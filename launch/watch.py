@@ -80,12 +80,21 @@ class HangWatch:
             limit = self._faults.hang_seconds if beats else max(self._faults.hang_seconds, MEETING_SECONDS)
             if now - changed_at <= limit:
                 continue
-            processes = self._processes()
-            if not processes:  # the agent still waits for other hosts, or all have just ended
-                changed_at = now
-            elif not self._goes_on_elsewhere():
+            processes = self._processes()  # none: the agent still waits for other hosts, or all have just ended
+            if processes and self._can_write() and not self._goes_on_elsewhere():
                 self._end(processes, now - changed_at)
                 return
+            changed_at = now
+
+    def _can_write(self) -> bool:
+        """Whether ranks could say that they go on: on a full disk they cannot."""
+        file = self._logs / ".watch"
+        try:
+            file.write_bytes(bytes(4096))
+            file.unlink()
+        except OSError:
+            return False
+        return True
 
     def _own_beats(self) -> list[Beat]:
         """Of this host's ranks, once they have claimed the run directory."""
@@ -117,25 +126,17 @@ class HangWatch:
         return found
 
     def _end(self, processes: dict[int, psutil.Process], seconds: float) -> None:
-        states = {rank: _state(process) for rank, process in processes.items()}
-        stacks = self._collect_stacks(processes)
-        # a state that has passed is none: waiting for a disk is "disk-sleep" for a moment too
-        states = {rank: _state(p) if _state(p) == states[rank] else "running" for rank, p in processes.items()}
-        signs = self._signs(states, stacks)
-        behind, reason = find_behind(signs, self._faults.hang_seconds / 2)
-        names = ", ".join(f"rank {sign.rank} on {sign.host}" for sign in behind) or "no rank can be named"
-        self.hang = f"no progress for {seconds:.0f} s: {names} ({reason})"
-        lines = [sign.describe() for sign in signs]
+        self.hang = f"no progress for {seconds:.0f} s: "
+        try:
+            lines, found = self._examine(processes)
+        except OSError as error:  # the file system may be what hangs
+            lines, found = [], f"which rank is behind is not known ({error})"
+        self.hang += found
         if self._ours:
             with contextlib.suppress(OSError):
                 self._report.write_text("\n".join([*lines, self.hang]) + "\n", encoding="utf-8")
-        print(
-            *(f"trainyard: {line}" for line in lines),
-            f"trainyard: stacks of all threads: {self._logs}/rank_*.stacks.txt",
-            sep="\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        lines.append(f"stacks of all threads: {self._logs}/rank_*.stacks.txt")
+        print(*(f"trainyard: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
         for process in processes.values():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -145,6 +146,17 @@ class HangWatch:
                 print(f"trainyard: error: {self.hang}; it cannot be killed", file=sys.stderr, flush=True)
                 os._exit(HANG_EXIT_CODE)
             time.sleep(0.1)
+
+    def _examine(self, processes: dict[int, psutil.Process]) -> tuple[list[str], str]:
+        """A line on each rank, and which is behind."""
+        states = {rank: _state(process) for rank, process in processes.items()}
+        stacks = self._collect_stacks(processes)
+        # a state that has passed is none: waiting for a disk is "disk-sleep" for a moment too
+        states = {rank: _state(p) if _state(p) == states[rank] else "running" for rank, p in processes.items()}
+        signs = self._signs(states, stacks)
+        behind, reason = find_behind(signs, self._faults.hang_seconds / 2)
+        names = ", ".join(f"rank {sign.rank} on {sign.host}" for sign in behind) or "no rank can be named"
+        return [sign.describe() for sign in signs], f"{names} ({reason})"
 
     def _collect_stacks(self, processes: dict[int, psutil.Process]) -> dict[int, str]:
         """What the ranks of this host write when they are asked, until all have or STACKS_SECONDS are over."""
