@@ -12,7 +12,7 @@ from live_runs import Live, Runs
 
 from gpt.heartbeat import _COLLECTIVE, STRAGGLER_RATIO, STRAGGLER_STEPS
 
-HANG_SECONDS = 6.0
+HANG_SECONDS = 8.0
 LONG = {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 100_000, "seed": 3}
 
 

@@ -24,7 +24,7 @@ def processes(live: Live) -> list[psutil.Process]:
 
 @pytest.mark.full
 def test_a_stopped_start_that_goes_on_writes_nothing(runs: Runs) -> None:
-    faults = {"stale_seconds": STALE_SECONDS, "hang_seconds": 5, "restarts": 1}
+    faults = {"stale_seconds": STALE_SECONDS, "hang_seconds": 20, "restarts": 1}
     steps = {"train": {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 100_000, "seed": 3}}
     old = runs.start("shared", faults=faults, log="-old", **steps)
     old.wait_until(lambda: old.last_step() > 12)

@@ -12,7 +12,7 @@ from live_runs import Runs, comparable
 
 def test_a_killed_and_then_a_stopped_group_go_on_by_themselves(reference: Runs) -> None:
     before = set(os.listdir("/dev/shm"))
-    live = reference.start("restarted", faults={"hang_seconds": 8, "restarts": 2})
+    live = reference.start("restarted", faults={"hang_seconds": 10, "restarts": 2})
     live.wait_until(lambda: live.last_step() > 10)
     first = live.ranks()
     first[1].kill()
