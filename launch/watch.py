@@ -59,12 +59,18 @@ class HangWatch:
         finally:
             self._stop.set()
             thread.join()
-            if self.hang is None and self._ours and self._report.exists():  # another host was first to end its ranks
-                self.hang = self._report.read_text(encoding="utf-8").splitlines()[-1]
+            self.hang = self.hang or self._said_elsewhere()
 
     @property
     def _report(self) -> Path:
         return heartbeat_file(self._run, self._generation, 0).with_name("hang.txt")
+
+    def _said_elsewhere(self) -> str | None:
+        """What the first host that ended its ranks found; from then on they look lost to the others."""
+        try:
+            return self._report.read_text(encoding="utf-8").splitlines()[-1] if self._ours else None
+        except (OSError, IndexError):
+            return None
 
     def _watch(self) -> None:
         before: object = None
@@ -131,7 +137,7 @@ class HangWatch:
             lines, found = self._examine(processes)
         except OSError as error:  # the file system may be what hangs
             lines, found = [], f"which rank is behind is not known ({error})"
-        self.hang += found
+        self.hang = self._said_elsewhere() or self.hang + found
         if self._ours:
             with contextlib.suppress(OSError):
                 self._report.write_text("\n".join([*lines, self.hang]) + "\n", encoding="utf-8")
