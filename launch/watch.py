@@ -140,7 +140,9 @@ class HangWatch:
         self.hang = self._said_elsewhere() or self.hang + found
         if self._ours:
             with contextlib.suppress(OSError):
-                self._report.write_text("\n".join([*lines, self.hang]) + "\n", encoding="utf-8")
+                temporary = self._report.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
+                temporary.write_text("\n".join([*lines, self.hang]) + "\n", encoding="utf-8")
+                temporary.replace(self._report)
         lines.append(f"stacks of all threads: {self._logs}/rank_*.stacks.txt")
         print(*(f"trainyard: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
         for process in processes.values():
