@@ -4,6 +4,7 @@ What the rest of `gpt` needs from them is a small function here, so that a reade
 """
 
 import contextlib
+import datetime
 import io
 import logging
 import os
@@ -34,8 +35,11 @@ class Ranks:
         return self.rank == 0
 
 
-def start() -> Ranks:
-    """Join the process group that torchrun's environment variables describe: NCCL for CUDA devices, else gloo."""
+def start(timeout_seconds: float = 1800.0) -> Ranks:
+    """Join the process group that torchrun's environment variables describe: NCCL for CUDA devices, else gloo.
+
+    A collective that takes longer than `timeout_seconds` fails; the launcher's watch for hangs should come first.
+    """
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates; the warning would come at every call site
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
@@ -44,7 +48,8 @@ def start() -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an extension was built
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timeout)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 

@@ -93,6 +93,8 @@ class RunEvaluation:
             rows = self.stream.rows(indices)
             [batch] = micro_batches(rows, 1, plan.rows_per_forward, ranks.device)
             sums += sum_over_rows(trainer.forward, batch, self.byte_lengths)
+            if trainer.heartbeat is not None:
+                trainer.heartbeat.progress()
         everyone = distributed.gather_floats(sums.tolist(), ranks)
         metrics = metrics_of(everyone.sum(axis=0).tolist(), self.byte_lengths is not None)
         text, greedy = None, None

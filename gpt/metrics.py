@@ -114,6 +114,7 @@ class MetricsWriter:
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """A text for TensorBoard, shown as it is."""
+        self._run.check_ownership()
         if self._board is not None:
             self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
 

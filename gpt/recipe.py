@@ -298,6 +298,20 @@ class Logging(Section):
     """Print a line each so many steps."""
 
 
+class Faults(Section):
+    """What happens when ranks hang, die or are cut off."""
+
+    hang_seconds: Annotated[Float, Field(gt=0)] = 600.0
+    """When no rank has gone on to another step, phase or batch of an evaluation for so long, their stacks are written
+    to the logs, the one behind is named, and all are ended. Longer than the slowest step or compilation, and than
+    loading or writing a checkpoint. Until the ranks have met, at least 600."""
+    restarts: Annotated[Int, Field(ge=0)] = 2
+    """How often one `trainyard train` starts its ranks again, from the newest good checkpoint, after a crash or a hang.
+    What was refused is not tried again; with several nodes nothing is, since all hosts must start together."""
+    stale_seconds: Annotated[Float, Field(gt=0)] = 60.0
+    """Another start may take the run directory over when this one gave no sign of life for so long."""
+
+
 class Recipe(Section):
     """A complete run."""
 
@@ -334,6 +348,8 @@ class Recipe(Section):
     """Validation while training."""
     logging: Logging = Logging()
     """What is printed."""
+    faults: Faults = Faults()
+    """What happens when ranks hang, die or are cut off."""
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> "Recipe":

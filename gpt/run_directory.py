@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import threading
@@ -20,13 +21,9 @@ import psutil
 
 from gpt.recipe import PROJECT_ROOT, Recipe, parse_recipe, read_mapping
 
-HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 60.0
-"""A writer on another host is taken for dead when its heartbeat is older than this."""
-
 FREE_FIELDS = (
     "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile",
-    "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging",
+    "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging", "faults",
 )  # fmt: skip
 ANNOUNCED_FIELDS = (
     "train.tokens", "train.steps", "train.epochs", "optimizer.learning_rate", "optimizer.schedule",
@@ -82,19 +79,40 @@ def stored_recipe(run: Path) -> Recipe | None:
     return parse_recipe(read_mapping(file), str(file)) if file.is_file() else None
 
 
-class RunDirectory:
-    """Rank 0's hold on a run directory: the claim, its heartbeat, and the files that this start appends to."""
+def claim_file(run: Path, generation: int) -> Path:
+    """The file whose existence makes a start the owner of a run directory."""
+    return run / "generations" / f"{generation:06d}.json"
 
-    def __init__(self, path: Path) -> None:
+
+def heartbeat_file(run: Path, generation: int, rank: int) -> Path:
+    """Where a rank of a start says what it is doing."""
+    return run / "heartbeats" / f"generation_{generation:06d}" / f"rank_{rank:05d}.json"
+
+
+def newest_generation(run: Path) -> int:
+    """Number of the newest start; 0 where there was none."""
+    numbers = [int(p.stem) for p in (run / "generations").glob("*.json") if p.stem.isdigit()]
+    return max(numbers, default=0)
+
+
+def is_newest(run: Path, generation: int) -> bool:
+    """Whether no start after this one has claimed the run directory."""
+    return not claim_file(run, generation + 1).exists()
+
+
+class RunDirectory:
+    """Rank 0's hold on a run directory: the claim, and the files that this start appends to."""
+
+    def __init__(self, path: Path, generation: int = 0) -> None:
         self.path = path
-        self.generation = 0
-        self._stop = threading.Event()
-        self._heartbeat: threading.Thread | None = None
-        self._phase = "starting"
+        self.generation = generation
         self._events = threading.Lock()
 
-    def claim(self) -> None:
+    def claim(self, stale_seconds: float = 60.0) -> None:
         """Become the one writer.
+
+        Args:
+            stale_seconds: this start may be taken for dead when its heartbeat is older than this; kept in the claim.
 
         Raises:
             ValueError: another start is alive, named by host, process and Slurm job.
@@ -102,14 +120,15 @@ class RunDirectory:
         generations = self.path / "generations"
         for folder in (generations, self.path / "heartbeats", self.path / "logs", self.path / "checkpoints"):
             folder.mkdir(parents=True, exist_ok=True)
-        newest = self._newest()
-        if newest:
-            self._refuse_if_alive(newest)
+        newest = newest_generation(self.path)
+        may_live = self._refuse_if_alive(newest) if newest else False
         mine = {
             "generation": newest + 1,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "pid_started": psutil.Process().create_time(),
+            "launcher": os.getppid(),
+            "stale_seconds": stale_seconds,
             "job": os.environ.get("SLURM_JOB_ID"),
             "time": time.time(),
         }
@@ -119,7 +138,7 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())  # an empty claim, left by a host that lost power, would block every later start
         try:
-            os.link(temporary, self._claim_file(newest + 1))
+            os.link(temporary, claim_file(self.path, newest + 1))
         except FileExistsError:
             raise ValueError(
                 f"run directory {self.path} was claimed by another start at this moment: try again"
@@ -127,39 +146,25 @@ class RunDirectory:
         finally:
             temporary.unlink()
         self.generation = newest + 1
-        self._beat()
-        self._heartbeat = threading.Thread(target=self._beat_for_ever, name="heartbeat", daemon=True)
-        self._heartbeat.start()
-
-    def release(self) -> None:
-        """End the heartbeat and mark the claim as ended, so that the next start need not wait for it to go stale."""
-        self._stop.set()
-        if self._heartbeat is not None:
-            self._heartbeat.join()
-        if self.generation and self.is_newest():
-            self._beat(ended=True)
-
-    def set_phase(self, phase: str) -> None:
-        """What the heartbeat says this rank is doing."""
-        self._phase = phase
-
-    def is_newest(self) -> bool:
-        """Whether no later start has claimed the directory."""
-        return not self._claim_file(self.generation + 1).exists()
+        for old in (self.path / "heartbeats").glob("generation_*"):
+            if old != heartbeat_file(self.path, newest, 0).parent:  # the last start's say how it ended
+                shutil.rmtree(old, ignore_errors=True)
+        if may_live:
+            self._fence()
 
     def check_ownership(self) -> None:
         """Before every commit and append. Raises SupersededError when a later start owns the directory."""
-        if not self.is_newest():
+        if not is_newest(self.path, self.generation):
             raise SupersededError(
-                f"run directory {self.path} was taken over by start {self._newest()}; this is start {self.generation}: "
-                f"stopping without writing"
+                f"run directory {self.path} was taken over by start {newest_generation(self.path)}; this is start "
+                f"{self.generation}: stopping without writing"
             )
 
     def write_event(self, kind: str, **details: Any) -> None:
         """Append one line to events.jsonl, which is never cut. Any thread may call it."""
-        self.check_ownership()
         line = json.dumps({"time": time.time(), "generation": self.generation, "event": kind, **details}) + "\n"
         with self._events, (self.path / "events.jsonl").open("ab+") as file:
+            self.check_ownership()  # with the file open: one who claims after this replaces it, see _fence
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else "\n" + line  # a full disk had cut the last one short
@@ -183,53 +188,39 @@ class RunDirectory:
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(self.path / name)
 
-    def _claim_file(self, generation: int) -> Path:
-        return self.path / "generations" / f"{generation:06d}.json"
-
-    def _heartbeat_file(self, generation: int) -> Path:
-        return self.path / "heartbeats" / f"generation_{generation:06d}.json"
-
-    def _newest(self) -> int:
-        numbers = [int(p.stem) for p in (self.path / "generations").glob("*.json") if p.stem.isdigit()]
-        return max(numbers, default=0)
-
-    def _refuse_if_alive(self, generation: int) -> None:
-        claim = json.loads(self._claim_file(generation).read_text(encoding="utf-8"))
+    def _refuse_if_alive(self, generation: int) -> bool:
+        """Whether that start, which is stale, may nevertheless go on one day. Raises ValueError while it is alive."""
+        claim = json.loads(claim_file(self.path, generation).read_text(encoding="utf-8"))
         beat = claim
         with contextlib.suppress(FileNotFoundError, ValueError):  # not yet there, or cut short with its host
-            beat = json.loads(self._heartbeat_file(generation).read_text(encoding="utf-8"))
-        age = time.time() - beat["time"]
-        if beat.get("ended") or age > STALE_SECONDS:
-            return
+            beat = json.loads(heartbeat_file(self.path, generation, 0).read_text(encoding="utf-8"))
+        if beat.get("ended"):
+            return False
         if claim["host"] == socket.gethostname() and not _is_running(claim["pid"], claim["pid_started"]):
-            return
+            return False
+        age, stale_seconds = time.time() - beat["time"], claim["stale_seconds"]
+        if age > stale_seconds:
+            return True
         job = f", Slurm job {claim['job']}" if claim["job"] else ""
         raise ValueError(
             f"run directory {self.path} is in use: host {claim['host']}, process {claim['pid']}{job}, alive "
-            f"{age:.0f} s ago. Stop it, or wait {STALE_SECONDS:.0f} s after it died"
+            f"{age:.0f} s ago. Stop it, or wait {stale_seconds:.0f} s after it died"
         )
 
-    def _beat(self, ended: bool = False) -> None:
-        content = {
-            "time": time.time(),
-            "phase": self._phase,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "ended": ended,
-        }
-        file = self._heartbeat_file(self.generation)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(file)
+    def _fence(self) -> None:
+        """Replace what the stale start may hold open by copies: what it still writes then is seen nowhere."""
+        for file in [self.path / "events.jsonl", *(self.path / "tensorboard").glob("*")]:
+            if file.is_file():
+                shutil.copy2(file, self.path / ".fenced.tmp")
+                (self.path / ".fenced.tmp").replace(file)
 
-    def _beat_for_ever(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            try:
-                if not self.is_newest():
-                    return
-                self._beat()
-            except OSError:
-                continue  # a full or absent disk must not kill the thread; the next beat may succeed
+
+def claimed_from(run: Path, launcher: int) -> RunDirectory | None:
+    """The newest start's hold if that launcher of this host began it, for the launcher to record how it ended."""
+    generation = newest_generation(run)
+    claim = json.loads(claim_file(run, generation).read_text(encoding="utf-8")) if generation else {}
+    mine = claim.get("host") == socket.gethostname() and claim.get("launcher") == launcher
+    return RunDirectory(run, generation) if mine else None
 
 
 def _is_running(pid: int, started: float) -> bool:

@@ -35,6 +35,7 @@ from gpt.checkpoint.write import (
     optimizer_entry,
     parameter_entries,
     remove_leftovers,
+    reserved,
     small_tensors,
     write_rank,
 )
@@ -148,11 +149,7 @@ class Saver:
                 "versions": package_versions(),
             }
         if self._settings.every_steps is not None:
-            now = fragments(state)  # before the first update there are no moments yet, but their size is known
-            moments = {
-                f"{s}/{n}": state.read(n, "fp32") for n in state.parameters if f"fp32/{n}" in now for s in states
-            }
-            self._buffers.copy(now | moments)  # their pages are touched now, not at the first save
+            self._buffers.copy(reserved(state, states))  # their pages are touched now, not at the first save
 
     @property
     def begun_step(self) -> int | None:

@@ -3,6 +3,7 @@
 A request never ends a rank by itself: the ranks agree on it at the start of a step, save, and end together.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -49,3 +50,5 @@ class StopRequests:
                 os._exit(128 + received.si_signo)
             if self._requested_at is None:
                 self._requested_at = now
+                with contextlib.suppress(OSError):
+                    self._file.touch()  # for the launcher, which starts no run again that was asked to stop

@@ -21,10 +21,11 @@ from data_pipeline.stream import TrainingStream, ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
+from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
 from gpt.model import build_config, check_frozen
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe, parse_recipe
-from gpt.run_directory import compare_recipes, stored_recipe
+from gpt.run_directory import SupersededError, compare_recipes, stored_recipe
 from gpt.stop_requests import StopRequests
 
 
@@ -139,6 +140,7 @@ def main() -> NoReturn:
     rank = int(os.environ["RANK"])
     errors = Path(os.environ["TRAINYARD_ERROR_DIRECTORY"])
     stop_requests = StopRequests(errors)
+    answer_with_stacks(errors / f"rank_{rank}.stacks.txt")
     code = 1
     try:
         recipe = parse_recipe(json.loads(os.environ["TRAINYARD_RECIPE"]), "from the launcher")
@@ -146,7 +148,7 @@ def main() -> NoReturn:
         if stopped_at is not None:
             (errors / f"rank_{rank}.stopped").write_text(str(stopped_at), encoding="utf-8")
         code = 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SupersededError) as error:
         (errors / f"rank_{rank}.txt").write_text(str(error), encoding="utf-8")
         (errors / f"rank_{rank}.details.txt").write_text(traceback.format_exc(), encoding="utf-8")
     except Exception:
@@ -167,31 +169,32 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
     from gpt import distributed
     from gpt.run_directory import RunDirectory
 
-    ranks = distributed.start()
+    faults = recipe.faults
+    ranks = distributed.start(max(1800.0, 2 * faults.hang_seconds))
     owner = RunDirectory(recipe.run_directory()) if ranks.is_first else None
     refusal = None
     if owner is not None:
         try:
-            owner.claim()
+            owner.claim(faults.stale_seconds)
         except ValueError as error:
             refusal = str(error)
     refusal, generation = distributed.broadcast((refusal, owner.generation if owner else 0))
     if refusal is not None:
         raise ValueError(refusal)
+    interval = heartbeat_interval(faults.hang_seconds, faults.stale_seconds)
+    heartbeat = Heartbeat(recipe.run_directory(), generation, ranks.rank, interval)
     try:
-        stopped_at = _run_claimed(recipe, ranks, owner, generation, stop_requested)
+        stopped_at = _run_claimed(recipe, ranks, owner, heartbeat, stop_requested)
     finally:
-        if owner is not None:
-            owner.release()
+        heartbeat.end()
     distributed.stop()
     return stopped_at
 
 
 def _run_claimed(
-    recipe: Recipe, ranks: Any, owner: Any, generation: int, stop_requested: Callable[[], bool]
+    recipe: Recipe, ranks: Any, owner: Any, heartbeat: Heartbeat, stop_requested: Callable[[], bool]
 ) -> int | None:
     from gpt import distributed
-    from gpt.checkpoint.write import remove_leftovers
     from gpt.metrics import flops_per_token, measure_matmul_flops
     from gpt.model import DTYPES, count_parameters, describe_model, draws_random_numbers
     from gpt.optimizer import build_optimizer
@@ -203,14 +206,16 @@ def _run_claimed(
     if recipe.precision == "fp16" and not distributed.supports_fp16():
         raise ValueError("precision is fp16, which this device does not support: use bf16 or fp32")
     if owner is not None:
-        remove_leftovers(owner.path)
         _describe_run(plan, owner, ranks.world_size)
+    heartbeat.progress("building the model")
     keep_alive = distributed.zero_config(plan.deepspeed)
     model, layers, uncompiled = _build_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
     _, matrix_parameters = count_parameters(model)
+    heartbeat.progress("starting the engine")
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
     torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
+    heartbeat.progress("loading a checkpoint")
     manifest = resume(plan, engine, state, ranks, owner)
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
@@ -224,7 +229,7 @@ def _run_claimed(
         state,
         ranks,
         owner,
-        generation,
+        heartbeat.generation,
         tied_names(model),
         metrics.sync if metrics is not None else lambda: None,
         probe_from_training=uncompiled is nullcontext and not draws_random_numbers(model),
@@ -249,8 +254,9 @@ def _run_claimed(
         ),
         peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
         first_step=resumed + 1,
-        restarts=generation - 1,
+        restarts=len(owner.events("continue")) if owner is not None else 0,
         rollbacks=rollbacks,
+        heartbeat=heartbeat,
     )
     _check_isolation(plan, trainer)
     if owner is not None and resumed >= plan.schedule.total_steps:
@@ -325,9 +331,11 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
-    """Everything that is known before step 1, into the run directory and onto the console."""
+    """Everything that is known before step 1, into the run directory and onto the console; leftovers go."""
+    from gpt.checkpoint.write import remove_leftovers
     from gpt.run_directory import describe_environment
 
+    remove_leftovers(owner.path)
     recipe = plan.recipe
     environment = describe_environment(world_size)
     first = not (owner.path / "recipe.yaml").exists()

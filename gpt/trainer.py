@@ -22,6 +22,7 @@ from gpt.batch import BatchPlan, BatchPositions, MicroBatch, Rows, micro_batches
 from gpt.checkpoint.format import Manifest
 from gpt.distributed import Ranks
 from gpt.divergence import Fault, LossWatch, Origin, RandomState, first_non_finite, random_state, set_random_state
+from gpt.heartbeat import STRAGGLER_STEPS, Heartbeat, Stragglers, busy_seconds, read_beat
 from gpt.loss import cross_entropy_sum, loss_for_backward
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib, recent_losses
 from gpt.optimizer import Schedule
@@ -125,8 +126,10 @@ class Trainer:
     first_step: int = 1
     restarts: int = 0
     rollbacks: int = 0
+    heartbeat: Heartbeat | None = None
 
     def __post_init__(self) -> None:
+        self._stragglers = Stragglers()
         self._stop_at = self.schedule.total_steps
         self._loaded_step = self.first_step - 1
         self._watch = self._new_watch()
@@ -148,7 +151,7 @@ class Trainer:
         try:
             while step < self.schedule.total_steps:
                 step += 1
-                self._phase(f"step {step}")
+                self._phase("waiting for data", step)
                 batch = self.take(step)
                 if batch.stop:
                     self._stop(step - 1)
@@ -184,6 +187,7 @@ class Trainer:
         started = time.perf_counter()
         forwards = self.batches.take(step)
         waited = time.perf_counter() - started
+        self._phase("step")
         mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested(), self.saver.state()]
         everyone = distributed.gather_floats(mine, self.ranks)
         self.saver.hear(everyone[:, 2])
@@ -201,7 +205,7 @@ class Trainer:
 
     def train_step(self, step: int, batch: "StepBatch") -> Record:
         """One optimizer step; returns the step's record (complete on rank 0 only)."""
-        started, busy = batch.started, time.process_time()
+        started, busy = batch.started, busy_seconds()
         forwards, target_tokens = batch.forwards, batch.target_tokens
         if target_tokens == 0:
             raise ValueError(f"the global batch of step {step} has no target token: nothing can be learned from it")
@@ -209,8 +213,8 @@ class Trainer:
         distributed.set_learning_rate(self.engine, learning_rate)
         random = random_state(self.ranks.device)
         loss_sum = self._accumulate(forwards, target_tokens)
-        # Its own processor time: on a CPU a rank sleeps while it waits for another one. A GPU's host tells nothing.
-        busy = time.process_time() - busy if self.ranks.device.type == "cpu" else 0.0
+        # on a CPU a rank sleeps while it waits for another one; a GPU's host tells nothing
+        busy = busy_seconds() - busy if self.ranks.device.type == "cpu" else 0.0
         square = distributed.gradient_square(self.engine)
         stall, self.saver.stall_seconds = self.saver.stall_seconds, 0.0
         mine = [float(loss_sum), square, busy, batch.data_wait_seconds, peak_memory_gib(self.ranks.device), stall]
@@ -351,6 +355,8 @@ class Trainer:
         # on a busy machine the peak may have been measured too low: what was reached is a lower bound of it
         self.peak_flops = max(self.peak_flops, flops)
         busy = everyone[:, 2]
+        for rank, ratio in self._stragglers.observe(busy):
+            self._report_straggler(step, rank, ratio)
         return {
             "train/loss": loss,
             "train/gradient_norm": distributed.gradient_norm(self.engine),
@@ -378,12 +384,24 @@ class Trainer:
     def _can_go_back(self) -> bool:
         return self._loaded_step > 0 or self.saver.committed_step > 0 or self.saver.begun_step is not None
 
+    def _report_straggler(self, step: int, rank: int, ratio: float) -> None:
+        assert self.owner is not None
+        beat = read_beat(self.run, self.owner.generation, rank)
+        host = beat.host if beat is not None else "an unknown host"
+        self.owner.write_event("straggler", step=step, rank=rank, host=host, ratio=ratio)
+        print(
+            f"warning: rank {rank} on {host} needed {ratio:.1f} times the others' median for its part of the last "
+            f"{STRAGGLER_STEPS} steps, and they wait for it: see what else runs there",
+            flush=True,
+        )
+
     def _is_due(self, step: int, every_steps: int | None) -> bool:
         return step == self._stop_at or (every_steps is not None and step % every_steps == 0)
 
-    def _phase(self, phase: str) -> None:
-        if self.owner is not None:
-            self.owner.set_phase(phase)
+    def _phase(self, phase: str, step: int | None = None) -> None:
+        """Tell the heartbeat that this rank goes on; every rank calls this in the same order."""
+        if self.heartbeat is not None:
+            self.heartbeat.progress(phase, step)
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
         """Begin the checkpoint of `step`; the last one of a run is also finished."""

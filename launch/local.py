@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from gpt.run_directory import RunDirectory, SupersededError, claimed_from
 from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS
 from launch import environment
+from launch.watch import HANG_EXIT_CODE, HangWatch
 from launch.worker_output import RankLogs, log_directory, shown_on_terminal
 
 if TYPE_CHECKING:
@@ -52,6 +55,10 @@ def run_workers(
 ) -> int:
     """Run this host's workers of a run to their end.
 
+    After a crash or a hang they are started again, `recipe.faults.restarts` times at most, from the newest good
+    checkpoint. Not after a refusal, which would come again, nor when the run was asked to stop, nor with several nodes:
+    their hosts must start together, which is the scheduler's task.
+
     Args:
         recipe: resolved; the workers get it through the environment variable TRAINYARD_RECIPE.
         processes: workers on this host; the same number on every host.
@@ -60,42 +67,91 @@ def run_workers(
         rendezvous: HOST:PORT of host 0, under which all hosts reach it. Required for several hosts.
 
     Returns:
-        The exit code: 0 done, 1 a worker refused or failed (said on stderr), 85 stopped on request and saved, 128 +
-        signal when a second signal ended the run.
+        The exit code: 0 done, 1 a worker refused or failed (said on stderr), 85 stopped on request and saved, 86 a hang
+        or a worker that a signal ended, 128 + signal when a second signal ended the run.
 
     Raises:
         ValueError: numbers that do not fit together.
         OSError: the hosts did not meet in MEETING_TIMEOUT_SECONDS, or the run directory is not writable.
     """
     config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
-    logs = RankLogs(log_directory(recipe.run_directory()))
-    config.logs_specs = logs
-    with _environment_for(recipe, processes, logs.directory), _stop_signals(logs.directory) as received:
+    ranks = range(node_rank * processes, (node_rank + 1) * processes)
+    restarts = recipe.faults.restarts if nodes == 1 else 0
+    with _stop_signals() as stop:
         try:
-            with shown_on_terminal(logs), _blocked_in_this_thread():
-                elastic_launch(config, sys.executable)("-P", "-m", WORKER_MODULE)
-        except ChildFailedError as error:
-            print("\n".join(_explain(error.failures, logs.directory)), file=sys.stderr, flush=True)
-            return 1
+            for restart in range(restarts + 1):
+                stop.directory = log_directory(recipe.run_directory(), restart)
+                if stop.received:  # while no worker was there to hear of it
+                    print("trainyard: stopped on request; the same command goes on from there", file=sys.stderr)
+                    return STOPPED_EXIT_CODE
+                outcome = _run_group(recipe, config, ranks, stop.directory)
+                if outcome.failure is None:
+                    return outcome.exit_code
+                owner = claimed_from(recipe.run_directory(), os.getpid())
+                _record(owner, "failed", reason=outcome.failure)
+                if restart == restarts or stop.requested():
+                    return outcome.exit_code
+                print(
+                    f"trainyard: restart {restart + 1} of at most {restarts}, since {outcome.failure}", file=sys.stderr
+                )
+                _record(owner, "restart", number=restart + 1, reason=outcome.failure)
+                config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
         except SignalException:
-            number = received[-1]
+            number = stop.received[-1]
             print(
                 f"trainyard: ended by {number.name} without saving; all workers of this host have ended",
                 file=sys.stderr,
                 flush=True,
             )
             return 128 + number
+    raise AssertionError("the last start returns")
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a group of workers ended."""
+
+    exit_code: int
+    failure: str | None = None
+    """What failed, in one line, where another start may help."""
+
+
+def _run_group(recipe: "Recipe", config: LaunchConfig, ranks: range, directory: Path) -> _Outcome:
+    """Start the workers once and wait for their end; what went wrong is said on stderr."""
+    logs = RankLogs(directory)
+    config.logs_specs = logs
+    watch = HangWatch(recipe.run_directory(), directory, ranks, recipe.faults)
+    with _environment_for(recipe, len(ranks), directory):
+        try:
+            with shown_on_terminal(logs), watch.watching(), _blocked_in_this_thread():
+                elastic_launch(config, sys.executable)("-P", "-m", WORKER_MODULE)
+        except ChildFailedError as error:
+            outcome, lines = _explain(error.failures, directory, watch.hang)
+            print("\n".join(lines), file=sys.stderr, flush=True)
+            return outcome
         except (RendezvousError, torch.distributed.DistError) as error:
             raise ConnectionError(
-                f"the {nodes} hosts of the run did not meet at {config.rdzv_endpoint}: {' '.join(str(error).split())}; "
-                f"start all within {MEETING_TIMEOUT_SECONDS} s, with a port free on host 0 and open to the others"
+                f"the {config.max_nodes} hosts of the run did not meet at {config.rdzv_endpoint}: "
+                f"{' '.join(str(error).split())}; start all within {MEETING_TIMEOUT_SECONDS} s, with a port free on "
+                "host 0 and open to the others"
             ) from error
-    stopped = sorted(logs.directory.glob("rank_*.stopped"))
+        finally:
+            for file in directory.glob("rank_*.stacks.txt"):
+                if not file.stat().st_size:
+                    file.unlink()
+    stopped = sorted(directory.glob("rank_*.stopped"))
     if stopped:
         step = stopped[0].read_text(encoding="utf-8")
         print(f"trainyard: stopped on request after step {step}; the same command goes on from there", file=sys.stderr)
-        return STOPPED_EXIT_CODE
-    return 0
+        return _Outcome(STOPPED_EXIT_CODE)
+    return _Outcome(0)
+
+
+def _record(owner: RunDirectory | None, event: str, **details: Any) -> None:
+    """Add an event in the name of the start that has just ended; none where it did not come to own the directory."""
+    with contextlib.suppress(OSError, SupersededError):  # the file system may be what failed
+        if owner is not None:
+            owner.write_event(event, **details)
 
 
 def _launch_config(
@@ -158,14 +214,27 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
         os.environ.update(before)
 
 
+class _Stop:
+    """Signals that this process got, and the present workers' folder, by which they hear of the first one."""
+
+    def __init__(self) -> None:
+        self.received: list[signal.Signals] = []
+        self.directory: Path | None = None
+
+    def requested(self) -> bool:
+        """Whether this process or one of the workers was asked to stop."""
+        return bool(self.received) or (self.directory is not None and (self.directory / REQUEST_NAME).exists())
+
+
 @contextlib.contextmanager
-def _stop_signals(directory: Path) -> Iterator[list[signal.Signals]]:
+def _stop_signals() -> Iterator[_Stop]:
     """Turn the first signal into a request that the workers read, a later one into their end.
 
     The agent's own handlers would pass SIGINT on, which prints a traceback in every worker, end the workers within a
-    time-out, saved or not, and die of SIGUSR1. The list holds the received signals.
+    time-out, saved or not, and die of SIGUSR1.
     """
-    received: list[signal.Signals] = []
+    stop = _Stop()
+    received = stop.received
     first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -173,7 +242,8 @@ def _stop_signals(directory: Path) -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         if len(received) == 1:
             first = time.monotonic()
-            (directory / REQUEST_NAME).touch()
+            if stop.directory is not None:
+                (stop.directory / REQUEST_NAME).touch()
             print(
                 f"\ntrainyard: {received[0].name}: stopping after the present step, with a checkpoint; a second signal "
                 "ends at once",
@@ -188,7 +258,7 @@ def _stop_signals(directory: Path) -> Iterator[list[signal.Signals]]:
     previous: dict[signal.Signals, Any] = {number: signal.signal(number, note) for number in SIGNALS}
     previous[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)  # the agent takes it
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -208,29 +278,38 @@ def _blocked_in_this_thread() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _explain(failures: dict[int, ProcessFailure], logs: Path) -> list[str]:
-    """Why the workers of this host failed: refusals once each, else the killing signal, else the first traceback."""
+def _explain(failures: dict[int, ProcessFailure], logs: Path, hang: str | None) -> tuple[_Outcome, list[str]]:
+    """Why the workers of this host failed: a hang, else refusals once each, else the killing signal, else the first
+    traceback."""
+    place = f"trainyard: what every rank printed: {logs}"
+    if hang is not None:
+        return _Outcome(HANG_EXIT_CODE, hang), [place, f"trainyard: error: {hang}"]
     refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(logs.glob("rank_*[0-9].txt"))]
     if refusals:
-        return [f"trainyard: error: {sentence}" for sentence in dict.fromkeys(refusals)]
+        return _Outcome(1), [f"trainyard: error: {sentence}" for sentence in dict.fromkeys(refusals)]
     tracebacks = {_rank_of(file): file for file in logs.glob("rank_*.traceback.txt")}
     killed = _killed(failures)
     causes = [sentence for sentences in killed.values() for sentence in sentences]
+    silent = {
+        rank: failure for rank, failure in sorted(failures.items()) if failure.exitcode > 0 and rank not in tracebacks
+    }
     causes += [
         f"{_worker(rank, failure)} ended with exit code {failure.exitcode} and left no traceback"
-        for rank, failure in sorted(failures.items())
-        if failure.exitcode > 0 and rank not in tracebacks
+        for rank, failure in silent.items()
     ]
+    failure = "; ".join(causes)
     # native code also aborts because its peer has failed, so an abort does not hide a traceback
     if tracebacks and killed.keys() <= {signal.SIGABRT}:
         # the other ranks' later tracebacks only say that this one went away; they are in the logs
         first = min(tracebacks, key=lambda rank: tracebacks[rank].stat().st_mtime_ns)
         text = tracebacks[first].read_text(encoding="utf-8").rstrip()
         causes.append(f"rank {first} on {socket.gethostname()} failed:\n{text}")
-    return [
-        f"trainyard: what every rank printed: {logs}",
-        *(f"trainyard: error: {cause}" for cause in causes),
-    ]
+        outcome = _Outcome(1, f"rank {first} on {socket.gethostname()} failed: {text.splitlines()[-1]}")
+    elif ended := {f.exitcode for f in silent.values()} & {128 + number for number in SIGNALS}:
+        outcome = _Outcome(min(ended))  # a second signal to a rank
+    else:
+        outcome = _Outcome(HANG_EXIT_CODE if killed else 1, failure)
+    return outcome, [place, *(f"trainyard: error: {cause}" for cause in causes)]
 
 
 def _rank_of(file: Path) -> int:

@@ -41,9 +41,10 @@ class RankLogs(LogsSpecs):
         return LogsDest(stdouts, stderrs, error_files=dict.fromkeys(ranks, os.devnull))
 
 
-def log_directory(run_directory: Path) -> Path:
-    """A new folder for this start's logs; its name tells time (UTC), host and launcher."""
+def log_directory(run_directory: Path, restart: int = 0) -> Path:
+    """A new folder for this start's logs; its name tells time (UTC), host, launcher and which restart of it this is."""
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{socket.gethostname()}_{os.getpid()}"
+    name += f"_restart{restart}" if restart else ""
     directory = run_directory / "logs" / name
     directory.mkdir(parents=True, exist_ok=True)
     return directory

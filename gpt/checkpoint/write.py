@@ -66,6 +66,13 @@ def fragments(state: ShardedState) -> dict[str, torch.Tensor]:
     return {f"{kind}/{name}": state.read(name, kind) for name in state.parameters for kind in state.states_of(name)}
 
 
+def reserved(state: ShardedState, kinds: list[str]) -> dict[str, torch.Tensor]:
+    """Tensors of the names and sizes that `fragments` gives once the optimizer has all its states, `kinds`."""
+    now = fragments(state)
+    trained = [name for name in state.parameters if f"fp32/{name}" in now]
+    return now | {f"{kind}/{name}": state.read(name, "fp32") for name in trained for kind in kinds}
+
+
 def small_tensors(state: ShardedState, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Copies of what changes between optimizer updates: this rank's random state and, of rank 0, the buffers."""
     tensors = {"rng/torch_cpu": torch.get_rng_state()}

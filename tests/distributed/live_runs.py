@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -96,19 +97,19 @@ class Runs:
         lines = (self.directory(name) / "events.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def start(self, name: str, processes: int = 2, **changes: Any) -> "Live":
-        """Begin a run in its own process group."""
+    def start(self, name: str, *arguments: str, processes: int = 2, log: str = "", **changes: Any) -> "Live":
+        """Begin a run in its own process group; `log` names its output where a run is started more than once."""
         recipe = self.write_recipe(name, **changes)
-        log = (self.folder / f"{name}.log").open("w", encoding="utf-8")
+        log_file = self.folder / f"{name}{log}.log"
         process = subprocess.Popen(
-            [*CLI, "train", str(recipe), "--processes", str(processes)],
+            [*CLI, "train", str(recipe), "--processes", str(processes), *arguments],
             cwd=self.folder,
-            stdout=log,
+            stdout=log_file.open("w", encoding="utf-8"),
             stderr=subprocess.STDOUT,
             env=environment(),
             start_new_session=True,
         )
-        return Live(process, self.directory(name), self.folder / f"{name}.log")
+        return Live(process, self.directory(name), log_file)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class Live:
         """The newest whole line of metrics.jsonl."""
         file = self.directory / "metrics.jsonl"
         return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The processes of the ranks, once the launcher has started them."""
+        children = psutil.Process(self.process.pid).children()
+        return {int(child.environ()["RANK"]): child for child in children}
 
     def kill(self) -> None:
         """SIGKILL to the launcher and all workers at once, as a lost node looks."""

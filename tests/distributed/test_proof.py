@@ -135,7 +135,9 @@ def mutations(small_blocks: Runs) -> dict[str, str]:
         checkpoint_directory(runs.directory("step"), 11)
     )
     # everything that an editor can count on: only the schedule and the data show that these are the weights of step 10
-    groups = [group.model_copy(update={"step": 11}) for group in manifest.optimizer.groups]
+    groups = [
+        group.model_copy(update={"scalars": group.scalars | {"step": 11.0}}) for group in manifest.optimizer.groups
+    ]
     later = {"step": 11, "tokens": 11 * 512, "samples_consumed": 11 * 8}
     optimizer = manifest.optimizer.model_copy(update={"groups": groups})
     mutate("step-everywhere", "the learning rate is", optimizer=optimizer, **later).rename(

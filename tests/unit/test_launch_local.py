@@ -1,5 +1,6 @@
 """The local launcher with real processes, which are small scripts: output, first causes, signals, several hosts."""
 
+import json
 import os
 import re
 import signal
@@ -15,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from gpt.recipe import Recipe, parse_recipe
-from launch import local
+from gpt.recipe import Faults, Recipe, parse_recipe
+from launch import local, watch
 
 PROJECT = Path(__file__).resolve().parents[2]
 WORKER = """
@@ -44,6 +45,7 @@ def recipe(tmp_path: Path) -> Recipe:
         "data": {"train": [{"path": "none"}], "sequence_length": 8},
         "train": {"global_batch_tokens": 16, "micro_batch_sequences": 1, "steps": 1},
         "optimizer": {"learning_rate": 1e-3},
+        "faults": {"restarts": 0},
     }
     return parse_recipe(content, "test")
 
@@ -139,7 +141,7 @@ def test_a_killed_rank_is_named_and_takes_the_others_down(
         time.sleep(60)
     """)
     started = time.monotonic()
-    assert local.run_workers(recipe, processes=2) == 1
+    assert local.run_workers(recipe, processes=2) == 86
     assert time.monotonic() - started < 10
     out, err = capfd.readouterr()
     killed = re.findall(r"rank (\d) \(process (\d+) on \S+\) was killed by (\w+)", err)
@@ -212,7 +214,8 @@ def test_a_second_signal_to_one_rank_ends_the_run(
 ) -> None:
     worker(SAVING.format(place=str(tmp_path)).replace("sleep(0.5)", "sleep(60)"))
     thread = send_when_ready(tmp_path, 2, (0, 0, signal.SIGTERM), (1.2, 0, signal.SIGTERM))
-    assert local.run_workers(recipe, processes=2) == 1
+    recipe = recipe.model_copy(update={"faults": Faults(restarts=1)})  # what was asked to stop is not started again
+    assert local.run_workers(recipe, processes=2) == 143
     thread.join()
     assert re.search(r"rank 1 .* ended with exit code 143", capfd.readouterr().err)
     assert worker_processes() == []
@@ -232,6 +235,148 @@ def test_a_second_signal_ends_all_workers_at_once(
     thread.join()
     assert worker_processes() == []
     assert f"ended by {number.name} without saving" in capfd.readouterr().err
+
+
+# Starting again
+
+
+CLAIMING = """
+    from gpt.run_directory import RunDirectory
+    starts = pathlib.Path({place!r})
+    number = len(list(starts.glob(f"start_{{rank}}_*")))
+    (starts / f"start_{{rank}}_{{number}}").touch()
+    if rank == 0:
+        RunDirectory(errors.parent.parent).claim()
+"""
+
+
+def with_faults(recipe: Recipe, **values: float) -> Recipe:
+    return recipe.model_copy(update={"faults": Faults.model_validate(values)})
+
+
+def events(recipe: Recipe) -> list[tuple[str, str]]:
+    lines = (recipe.run_directory() / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(event["event"], event["reason"]) for event in map(json.loads, lines)]
+
+
+def test_a_crashed_group_is_started_again(
+    recipe: Recipe, worker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker(
+        CLAIMING.format(place=str(tmp_path))
+        + """
+    wait_for(f"../../generations/00000{number + 1}.json")
+    if rank == 1 and number == 0:
+        (errors / "rank_1.traceback.txt").write_text("Traceback\\nRuntimeError: of the first start")
+        sys.exit(1)
+    if rank == 1 and number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number < 2:
+        time.sleep(60)
+    """
+    )
+    assert local.run_workers(with_faults(recipe, restarts=2), processes=2) == 0
+    err = capfd.readouterr().err
+    assert f"restart 1 of at most 2, since rank 1 on {socket.gethostname()} failed: RuntimeError: of the first" in err
+    assert re.search(r"restart 2 of at most 2, since rank 1 \(process \d+ on \S+\) was killed by SIGKILL", err)
+    assert [kind for kind, _ in events(recipe)] == ["failed", "restart"] * 2
+    assert events(recipe)[1][1].endswith("RuntimeError: of the first start")
+    assert len(list((recipe.run_directory() / "logs").iterdir())) == 3
+
+
+def test_restarts_are_bounded_and_the_last_cause_comes_last(
+    recipe: Recipe, worker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker(f"""
+    place = pathlib.Path({str(tmp_path)!r})
+    (place / f"start_{{len(list(place.glob('start_*')))}}").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    assert local.run_workers(with_faults(recipe, restarts=1), processes=1) == 86
+    assert len(list(tmp_path.glob("start_*"))) == 2
+    assert re.search(r"error: rank 0 \(.*\) was killed by SIGKILL[^\n]*\n$", capfd.readouterr().err)
+    assert not (recipe.run_directory() / "events.jsonl").exists(), "an event in a directory that no rank had claimed"
+
+
+def test_a_refusal_is_not_tried_again(recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    worker("""
+        (errors / f"rank_{rank}.txt").write_text("the batch is 7, use 8")
+        sys.exit(1)
+    """)
+    assert local.run_workers(with_faults(recipe, restarts=2), processes=1) == 1
+    assert capfd.readouterr().err == "trainyard: error: the batch is 7, use 8\n"
+
+
+@pytest.mark.parametrize("target", ["launcher", "rank"])
+def test_what_was_asked_to_stop_is_not_started_again(
+    recipe: Recipe, worker: Any, tmp_path: Path, target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker(SAVING.format(place=str(tmp_path)).replace("time.sleep(0.5)", "os.kill(os.getpid(), signal.SIGKILL)"))
+    pid = os.getpid() if target == "launcher" else 0
+    thread = send_when_ready(tmp_path, 2, (0, pid, signal.SIGTERM))
+    assert local.run_workers(with_faults(recipe, restarts=2), processes=2) == 86
+    thread.join()
+    assert "restart" not in capfd.readouterr().err
+
+
+def test_a_signal_while_no_worker_is_there(
+    recipe: Recipe, worker: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker("os.kill(os.getpid(), signal.SIGKILL)")
+    record = local._record
+
+    def record_and_be_signalled(owner: Any, event: str, **details: Any) -> None:
+        record(owner, event, **details)
+        if event == "restart":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(local, "_record", record_and_be_signalled)
+    assert local.run_workers(with_faults(recipe, restarts=2), processes=1) == 85
+    assert capfd.readouterr().err.count("was killed by SIGKILL") == 2  # the error, and the reason of the restart
+
+
+# Hangs
+
+
+HANGING = """
+    from gpt.heartbeat import answer_with_stacks
+    answer_with_stacks(errors / f"rank_{rank}.stacks.txt")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    def waits_for_rank_1():
+        time.sleep(60)
+    waits_for_rank_1()
+"""
+
+
+def test_a_hang_before_the_ranks_have_met(
+    recipe: Recipe, worker: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker(HANGING)
+    monkeypatch.setattr(watch, "MEETING_SECONDS", 2.0)
+    started = time.monotonic()
+    assert local.run_workers(with_faults(recipe, hang_seconds=1, restarts=0), processes=2) == 86
+    assert time.monotonic() - started < 15
+    err = capfd.readouterr().err
+    assert re.search(r"no progress for \d s: rank 1 on \S+ \(it no longer runs: its process is stopped\)\n$", err)
+    (logs,) = (recipe.run_directory() / "logs").iterdir()
+    assert "waits_for_rank_1" in (logs / "rank_0.stacks.txt").read_text()
+    assert not (logs / "rank_1.stacks.txt").exists(), "an empty file is no answer"
+    assert worker_processes() == []
+
+
+def test_the_launcher_does_not_wait_for_a_rank_that_cannot_be_killed(recipe: Recipe, worker: Any) -> None:
+    worker(HANGING)
+    recipe = with_faults(recipe, hang_seconds=0.5, restarts=2)
+    code = (
+        "import psutil; from gpt.recipe import parse_recipe; from launch import local, watch;"
+        "local.WORKER_MODULE = 'stand_in_worker'; watch.MEETING_SECONDS = 1.0; watch.KILL_SECONDS = 1.0;"
+        "psutil.Process.kill = lambda self: None;"
+        f"local.run_workers(parse_recipe({recipe.model_dump(mode='json')!r}, 'test'), processes=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 86, done.stderr
+    assert done.stderr.endswith("its process is stopped); it cannot be killed\n")
 
 
 def test_workers_end_with_a_launcher_that_is_killed(worker: Any, recipe: Recipe, tmp_path: Path) -> None:

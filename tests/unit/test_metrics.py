@@ -3,7 +3,6 @@
 import errno
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ from gpt.run_directory import RunDirectory, SupersededError
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunDirectory]:
+def run(tmp_path: Path) -> RunDirectory:
     owner = RunDirectory(tmp_path / "run")
     owner.claim()
-    yield owner
-    owner.release()
+    return owner
 
 
 def lines(run: RunDirectory) -> list[Record]:

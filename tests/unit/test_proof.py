@@ -30,7 +30,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def with_rate(manifest: Manifest, rate: float) -> Manifest:
-    groups = [group.model_copy(update={"learning_rate": rate}) for group in manifest.optimizer.groups]
+    groups = [
+        group.model_copy(update={"settings": group.settings | {"lr": rate}}) for group in manifest.optimizer.groups
+    ]
     return manifest.model_copy(update={"optimizer": manifest.optimizer.model_copy(update={"groups": groups})})
 
 

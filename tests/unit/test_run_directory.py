@@ -15,17 +15,18 @@ import pytest
 import yaml
 from recipe_samples import make_recipe
 
-from gpt import run_directory
+from gpt.heartbeat import Heartbeat
 from gpt.run_directory import (
-    STALE_SECONDS,
     RunDirectory,
     SupersededError,
+    claimed_from,
     compare_recipes,
     describe_environment,
     stored_recipe,
 )
 
 RACES = 20
+STALE_SECONDS = 60.0
 PROCESSES = multiprocessing.get_context("spawn")
 
 
@@ -34,10 +35,11 @@ def write_claim(run: Path, *, host: str, pid: int = 4242, started: float = 0.0, 
     """The files that a start on another host or of a process that is gone leaves behind."""
     now = time.time()
     claim = {"generation": generation, "host": host, "pid": pid, "pid_started": started, "job": job, "time": now}
+    claim |= {"launcher": 1, "stale_seconds": STALE_SECONDS}
     files = {run / "generations" / f"{generation:06d}.json": claim}
     if beat_age is not None:
         beat = {"time": now - beat_age, "phase": "training", "pid": pid, "host": host, "ended": ended}
-        files[run / "heartbeats" / f"generation_{generation:06d}.json"] = beat
+        files[run / "heartbeats" / f"generation_{generation:06d}" / "rank_00000.json"] = beat
     for file, content in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content), encoding="utf-8")
@@ -48,8 +50,13 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def heartbeat(run: Path, generation: int) -> dict[str, Any]:
-    content = (run / "heartbeats" / f"generation_{generation:06d}.json").read_text(encoding="utf-8")
-    return json.loads(content)
+    file = run / "heartbeats" / f"generation_{generation:06d}" / "rank_00000.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def release(owner: RunDirectory) -> None:
+    """End as a rank does: its heartbeat says so."""
+    Heartbeat(owner.path, owner.generation, 0, 60.0).end()
 
 
 # The claim
@@ -62,33 +69,19 @@ def test_a_second_start_is_refused_while_the_first_is_alive(tmp_path: Path, monk
     second = RunDirectory(tmp_path)
     with pytest.raises(ValueError, match=rf"in use: host {socket.gethostname()}, process {os.getpid()}, Slurm job 777"):
         second.claim()
-    second.release()  # of what it never had
-    assert first.is_newest()
-    assert not heartbeat(tmp_path, 1)["ended"]
-    first.release()
+    first.check_ownership()
+    release(first)
     second.claim()
     assert (first.generation, second.generation) == (1, 2)
-    assert not first.is_newest()
-    second.release()
+    with pytest.raises(SupersededError):
+        first.check_ownership()
 
 
-def test_a_claim_makes_the_directory_and_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_directory, "HEARTBEAT_SECONDS", 0.01)
+def test_a_claim_makes_the_directory(tmp_path: Path) -> None:
     owner = RunDirectory(tmp_path / "new" / "run")
     owner.claim()
     assert {p.name for p in owner.path.iterdir()} == {"generations", "heartbeats", "logs", "checkpoints"}
     assert [p.name for p in (owner.path / "generations").iterdir()] == ["000001.json"]
-    first = heartbeat(owner.path, 1)
-    assert (first["phase"], first["pid"], first["ended"]) == ("starting", os.getpid(), False)
-    owner.set_phase("training")
-    deadline = time.monotonic() + 5
-    while heartbeat(owner.path, 1)["phase"] != "training" and time.monotonic() < deadline:
-        time.sleep(0.01)
-    later = heartbeat(owner.path, 1)
-    assert later["phase"] == "training"
-    assert later["time"] > first["time"]
-    owner.release()
-    assert heartbeat(owner.path, 1)["ended"]
 
 
 @pytest.mark.parametrize("age", [STALE_SECONDS - 5, 0.0, -30.0])
@@ -102,8 +95,8 @@ def test_a_claim_without_heartbeat_yet_is_fresh(tmp_path: Path) -> None:
     write_claim(tmp_path, host="node7", beat_age=None)
     with pytest.raises(ValueError, match="in use: host node7"):
         RunDirectory(tmp_path).claim()
-    file = tmp_path / "heartbeats" / "generation_000001.json"
-    file.parent.mkdir(exist_ok=True)
+    file = tmp_path / "heartbeats" / "generation_000001" / "rank_00000.json"
+    file.parent.mkdir(parents=True)
     file.write_text("", encoding="utf-8")  # as a host that lost power may leave it
     with pytest.raises(ValueError, match="in use: host node7"):
         RunDirectory(tmp_path).claim()
@@ -124,7 +117,7 @@ def test_what_a_dead_start_left_is_taken_over(tmp_path: Path, left: dict[str, An
     owner = RunDirectory(tmp_path)
     owner.claim()
     assert owner.generation == 42
-    owner.release()
+    release(owner)
 
 
 def _claim_and_hang(path: str, ready: Any) -> None:
@@ -150,7 +143,7 @@ def test_a_killed_process_of_this_host_is_taken_over_at_once(tmp_path: Path) -> 
         time.sleep(0.01)
     owner.claim()  # a zombie, which its parent has not yet waited for, is dead too
     assert owner.generation == 2
-    owner.release()
+    release(owner)
     process.join()
 
 
@@ -164,7 +157,7 @@ def _race(folder: str, together: Barrier, results: Any) -> None:
         except ValueError as error:
             results.put((round_, str(error)))
         together.wait(30)  # the winner stays alive until the other has tried
-        owner.release()
+        release(owner)
 
 
 def test_of_two_processes_that_claim_at_once_exactly_one_wins(tmp_path: Path) -> None:
@@ -205,13 +198,13 @@ def test_the_loser_of_a_race_for_the_same_number_is_refused(tmp_path: Path, monk
 # A generation that was taken over
 
 
-def test_an_older_generation_writes_nothing_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_directory, "HEARTBEAT_SECONDS", 0.01)
+def test_an_older_generation_writes_nothing_any_more(tmp_path: Path) -> None:
     older = RunDirectory(tmp_path)
     older.claim()
     older.check_ownership()
     older.write_event("start")
     older.write_file("environment.json", "old")
+    beating = Heartbeat(tmp_path, 1, 0, interval_seconds=0.01)
     write_claim(tmp_path, host="node7", generation=2)
     time.sleep(0.05)  # a heartbeat that was under way may still end
     last_beat = heartbeat(tmp_path, 1)
@@ -222,11 +215,52 @@ def test_an_older_generation_writes_nothing_any_more(tmp_path: Path, monkeypatch
     with pytest.raises(SupersededError):
         older.write_file("environment.json", "new")
     time.sleep(0.05)
-    older.release()
+    beating.end()
     assert [event["event"] for event in events(tmp_path)] == ["start"]
     assert (tmp_path / "environment.json").read_text(encoding="utf-8") == "old"
     assert heartbeat(tmp_path, 1) == last_beat
-    assert not heartbeat(tmp_path, 2)["ended"]
+
+
+def test_what_a_stale_start_holds_open_is_replaced(tmp_path: Path) -> None:
+    """A process that was stopped between its look at the claims and its write must not reach the new start's files."""
+    write_claim(tmp_path, host="node7", beat_age=STALE_SECONDS + 1)
+    board = tmp_path / "tensorboard" / "events.out.tfevents.1"
+    board.parent.mkdir()
+    for file in (tmp_path / "events.jsonl", board):
+        file.write_text("before\n", encoding="utf-8")
+    with (tmp_path / "events.jsonl").open("a") as event_file, board.open("a") as board_file:
+        RunDirectory(tmp_path).claim()
+        for late in (event_file, board_file):
+            late.write("late\n")
+    for file in (tmp_path / "events.jsonl", board):
+        assert file.read_text(encoding="utf-8") == "before\n"
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["events.jsonl"]
+
+
+def test_the_time_after_which_a_start_is_stale_is_its_own(tmp_path: Path) -> None:
+    first = RunDirectory(tmp_path)
+    first.claim(stale_seconds=0.2)
+    beating = Heartbeat(tmp_path, 1, 0, interval_seconds=0.02)
+    time.sleep(0.4)
+    with pytest.raises(ValueError, match=r"or wait 0 s after it died"):
+        RunDirectory(tmp_path).claim()
+    beating._stop.set()  # as though the process were stopped: it is there, and beats no more
+    time.sleep(0.4)
+    RunDirectory(tmp_path).claim()
+    with pytest.raises(SupersededError):
+        first.write_event("late")
+
+
+def test_the_launcher_finds_the_claim_of_its_own_ranks_only(tmp_path: Path) -> None:
+    assert claimed_from(tmp_path, os.getppid()) is None
+    owner = RunDirectory(tmp_path)
+    owner.claim()
+    found = claimed_from(tmp_path, os.getppid())
+    assert found is not None and found.generation == 1
+    found.write_event("failed")
+    assert claimed_from(tmp_path, os.getpid()) is None
+    write_claim(tmp_path, host="node7", generation=2)
+    assert claimed_from(tmp_path, 1) is None, "another host's launcher may have the same number"
 
 
 # Events and files
@@ -238,7 +272,7 @@ def test_events_of_all_starts_stay(tmp_path: Path) -> None:
         owner.claim()
         owner.write_event("checkpoint committed", step=step)
         owner.write_event("end", step=step)
-        owner.release()
+        release(owner)
     written = [(event["generation"], event["event"], event["step"]) for event in events(tmp_path)]
     assert written == [
         (1, "checkpoint committed", 10),
@@ -260,7 +294,7 @@ def test_an_event_does_not_run_into_one_that_was_cut_short(tmp_path: Path) -> No
         file.write('{"time": 1.0, "gen')
     owner.write_event("continue")
     owner.write_event("end")
-    owner.release()
+    release(owner)
     lines = (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(lines[i])["event"] for i in (0, 2, 3)] == ["start", "continue", "end"]
     assert lines[1] == '{"time": 1.0, "gen'
@@ -271,7 +305,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     owner.claim()
     owner.write_file("recipe.yaml", "first")
     owner.write_file("recipe.yaml", "second")
-    owner.release()
+    release(owner)
     assert (tmp_path / "recipe.yaml").read_text(encoding="utf-8") == "second"
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["recipe.yaml"]
 
@@ -336,6 +370,7 @@ def test_all_fixed_fields_that_differ_are_named_and_nothing_else() -> None:
         {"checkpoint": {"every_steps": 3, "keep_last": 1}},
         {"evaluate": {"every_steps": 3, "sample_tokens": 0}},
         {"logging": {"console_every_steps": 1}},
+        {"faults": {"hang_seconds": 5, "restarts": 0, "stale_seconds": 9}},
         {"runs_directory": "/elsewhere"},
     ],
 )
