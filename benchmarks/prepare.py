@@ -129,7 +129,7 @@ def trained_tokenizer(corpus: Path, folder: Path) -> Path:
 
         with open(corpus, encoding="utf-8") as lines:
             texts = (json.loads(line)["text"] for line in islice(lines, 0, None, TRAINING_SHARE))
-            train_tokenizer(texts, VOCABULARY_SIZE).save_pretrained(str(folder))
+            train_tokenizer(texts, VOCABULARY_SIZE, folder)
     return folder
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer, pre_tokenizers
 
-from data_pipeline.tokenizer import plain_text_encoder, special_token_texts
+from data_pipeline.tokenizer import plain_text_encoder, special_token_texts, split_patterns
 
 ENGINES = ("gigatoken", "tiktoken", "huggingface")  # the fastest first
 SAMPLE_TEXTS = 1000  # one text in so many is compared with the oracle, ...
@@ -28,9 +28,6 @@ SAMPLE_LONGEST = 2**12  # of a longer text its beginning is encoded by both
 CACHE_TEXT_BYTES = 2 * 10**9  # gigatoken 0.10 never empties its cache, whose 32-bit offsets would overflow one day
 CACHE_MEMORY_BYTES = 2**29
 LONGEST_RUN = 250_000  # characters of white space; a run of a million overflows the stack of tiktoken's regex engine
-
-# Of tokenizers' ByteLevel pre-tokenizer (GPT-2's public encoder), used where a tokenizer has no pattern of its own.
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # Characters that Unicode 17 made letters or numbers: gigatoken 0.10 splits words by Unicode 17, tokenizers by 16.
 UNICODE_17 = (
@@ -71,7 +68,7 @@ class _ComparedEngine(Engine, abc.ABC):
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
         self._definition = json.loads(self.oracle.to_str())
-        self._patterns = _split_patterns(self._definition)
+        self._patterns = split_patterns(self._definition)
         special, added = _added_tokens(self._definition)
         _require_separate(special, added)
         # The oracle, too, reads special tokens as text; for the others they must not exist.
@@ -181,8 +178,10 @@ class _Gigatoken(_ComparedEngine):
         self._memory_bytes = psutil.Process().memory_info().rss
 
     def _encode_fast(self, texts: list[str]) -> Ids:
-        layout = self._backend.encode_batch(texts, parallel=False).layout
-        flat, lengths = layout.content.data, np.diff(layout.offsets.data)
+        # one by one: a batch would come as an awkward array, which takes longer to make, and 0.2 s to import
+        pieces = [self._backend.encode(text) for text in texts]
+        lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
+        flat = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
         self._cached_bytes += sum(map(len, texts))
         grown_bytes = psutil.Process().memory_info().rss - self._memory_bytes
         if self._cached_bytes > CACHE_TEXT_BYTES or grown_bytes > CACHE_MEMORY_BYTES:
@@ -301,32 +300,6 @@ def _new_characters() -> np.ndarray:
     for first, last in UNICODE_17:
         table[first : last + 1] = True
     return table
-
-
-def _split_patterns(definition: dict[str, Any]) -> list[str]:
-    """The regular expressions that split words in a byte-level BPE tokenizer; ValueError for any other tokenizer."""
-    model, pre_tokenizer = definition["model"], definition["pre_tokenizer"] or {}
-    normalizer = definition["normalizer"] or {}
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ValueError("it is not a byte-level BPE tokenizer")
-    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ValueError("its BPE has dropout, a prefix or a suffix")
-    if not set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"]):
-        raise ValueError("it is not a byte-level BPE tokenizer: not every byte is in its vocabulary")
-    if any(step["type"] != "NFC" for step in normalizer.get("normalizers", [normalizer] if normalizer else [])):
-        raise ValueError("it changes texts by a normalizer other than NFC")
-    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or last["use_regex"] is not (not splits):
-        raise ValueError("it is not a byte-level BPE tokenizer that leaves spaces as they are")
-    for step in splits:
-        if (
-            step["type"] != "Split"
-            or "Regex" not in step["pattern"]
-            or step["behavior"] != "Isolated"
-            or step["invert"]
-        ):
-            raise ValueError(f"it splits words in a way that is not supported ({step['type']})")
-    return [step["pattern"]["Regex"] for step in splits] or [GPT2_PATTERN]
 
 
 def _added_tokens(definition: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import xxhash
 
 from data_pipeline.sources import ReadOptions, SourceFile, Unit, content_kind, content_paths, find_files, plan_units
+from data_pipeline.tokenizer import tokenizer_files
 
 SPLITS = ("train", "validation")
 MAX_UNITS = 4096
@@ -171,8 +172,6 @@ def _identity(
         "units": [[[part.file, part.begin, part.end] for part in unit.parts] for unit in units],
     }
     if options.tokenizer is not None:
-        from data_pipeline.tokenizer import tokenizer_files  # imports transformers, which takes seconds
-
         choices["tokenizer"] = {file.name: file_digest(file) for file in tokenizer_files(options.tokenizer)}
     digests = []
     done, total = 0, sum(file.bytes for file in files)

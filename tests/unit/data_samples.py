@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.shard_writer import UnitWriter, write_manifest
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 
 EMBEDDED = Path(__file__).parents[2] / "data_pipeline" / "embedded"
 VOCABULARY = 400
@@ -31,11 +32,12 @@ def macbeth() -> str:
 @functools.cache
 def small_tokenizer() -> Any:
     """Shared between tests: do not change it."""
-    return train_tokenizer([macbeth()], VOCABULARY)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_tokenizer(save_tokenizer(Path(folder)))
 
 
 def save_tokenizer(folder: Path) -> Path:
-    small_tokenizer().save_pretrained(str(folder))
+    train_tokenizer([macbeth()], VOCABULARY, folder)
     return folder
 
 
