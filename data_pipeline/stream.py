@@ -3,8 +3,8 @@
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -24,8 +24,7 @@ EPOCHS_TO_WARN = 4
 PACKINGS = ("concatenate", "best_fit")
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """``n`` rows of ``L`` tokens, each with the token that follows. Padding is a document whose targets never count.
 
     Where documents begin is kept as a short list; position ids, as large as the tokens, are made on demand.

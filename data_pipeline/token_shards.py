@@ -182,15 +182,14 @@ class _Shard:
     def beginnings(self, begins: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """(row, column) of each document that begins inside the windows of ``width`` tokens, column 0 left out."""
         documents = self.document_starts
-        bounds = begins[:, None] + np.array((1, width))
+        bounds = begins + np.array([[1], [width]])
         if self._entry["tokens"] >= 1 << 32:  # one document may make a shard so large; none begins beyond
             bounds = np.minimum(bounds, (1 << 32) - 1)
         # the search would convert all documents to the type of the bounds
-        found = documents.searchsorted(bounds.astype(documents.dtype))
-        first = found[:, 0]
-        counts = found[:, 1] - first
+        first, last = documents.searchsorted(bounds.astype(documents.dtype))
+        counts = last - first
         rows = np.arange(len(begins)).repeat(counts)
-        which = np.arange(rows.size) + (first + counts - counts.cumsum())[rows]
+        which = np.arange(rows.size) + (last - counts.cumsum())[rows]
         return rows, documents[which] - begins[rows]
 
     def check_files(self) -> None:
@@ -321,7 +320,8 @@ class TokenShards:
             (tokens int64 ``[n, width]``, rows, columns): document beginnings besides those at column 0, int64, ordered
             by column within a row; rows in any order.
         """
-        if starts.size and (int(starts.min()) < 0 or int(starts.max()) + width > self.tokens):
+        # as unsigned numbers negative ones are the largest, so that one pass finds both kinds of wrong
+        if starts.size and int(starts.view(np.uint64).max()) + width > self.tokens:
             self._refuse_range(int(starts.min()), int(starts.max()) + width)
         if len(self._shard_starts) == 2:
             shard = self._shard(0)
