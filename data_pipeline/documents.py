@@ -133,9 +133,8 @@ class Document(NamedTuple):
 class Ledger:
     """What reading left out. Plain values: ``dataclasses.asdict`` gives JSON, and ``Ledger(**json)`` takes it back."""
 
-    skipped: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # reason: {"count": n, "locations": the first five}
+    # reason: {"count": n, "locations": the first five}
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     cut_short: list[dict[str, Any]] = field(default_factory=list)  # {"file", "position" in bytes, "lost" in words}
     losses: dict[str, int] = field(default_factory=dict)  # file: rows skipped and cuts
 

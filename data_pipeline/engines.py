@@ -39,9 +39,8 @@ UNICODE_17 = (
 FIRST_UNASSIGNED = 0x378
 _ASSIGNED_PLANES = 0x40000  # no plane between 3 and 14 has characters, and 14 to 16 have neither letters nor numbers
 
-Ids = tuple[
-    np.ndarray, np.ndarray
-]  # of all texts one after another, uint32 [tokens]; tokens of each text, int64 [texts]
+# Of all texts one after another, uint32 [tokens]; tokens of each text, int64 [texts].
+Ids = tuple[np.ndarray, np.ndarray]
 
 
 class Engine:
@@ -69,8 +68,7 @@ class _ComparedEngine(Engine, abc.ABC):
         super().__init__(tokenizer)
         self._definition = json.loads(self.oracle.to_str())
         self._patterns = split_patterns(self._definition)
-        special, added = _added_tokens(self._definition)
-        _require_separate(special, added)
+        added = _separate_added_tokens(self._definition)
         # The oracle, too, reads special tokens as text; for the others they must not exist.
         self._definition["added_tokens"] = added
         # Only texts that are NFC already get here, see _contested.
@@ -155,16 +153,10 @@ class _ComparedEngine(Engine, abc.ABC):
     def _prove(self, texts: list[str]) -> None:
         contested = set(self._contested(texts))
         texts = [text for index, text in enumerate(texts) if index not in contested]
-        flat, lengths = self._encode_fast(texts)
-        expected, expected_lengths = super().encode(texts)
-        if np.array_equal(lengths, expected_lengths) and np.array_equal(flat, expected):
-            return
-        starts = np.cumsum(lengths) - lengths
-        expected_starts = np.cumsum(expected_lengths) - expected_lengths
-        for index, text in enumerate(texts):
-            ours = flat[starts[index] : starts[index] + lengths[index]]
-            theirs = expected[expected_starts[index] : expected_starts[index] + expected_lengths[index]]
-            if not np.array_equal(ours, theirs):
+        both = (self._encode_fast(texts), super().encode(texts))
+        ours, theirs = (np.split(flat, np.cumsum(lengths)[:-1]) for flat, lengths in both)
+        for text, ids, expected in zip(texts, ours, theirs, strict=True):
+            if not np.array_equal(ids, expected):
                 raise ValueError(f"it gives other tokens than Hugging Face tokenizers for the text {_shortened(text)}")
 
 
@@ -208,7 +200,8 @@ class _Tiktoken(_ComparedEngine):
         return self._ids[flat], lengths
 
     def _contested(self, texts: Sequence[str]) -> list[int]:
-        long = [index for index, text in enumerate(texts) if len(text) > LONGEST_RUN and _has_long_run(text)]
+        long = [index for index, text in enumerate(texts) if len(text) > LONGEST_RUN]
+        long = [i for i in long if any(len(run.group()) > LONGEST_RUN for run in re.finditer(r"\s+", texts[i]))]
         return sorted({*long, *super()._contested(texts)})
 
 
@@ -288,10 +281,6 @@ def _shortened(text: str) -> str:
     return repr(text) if len(text) <= 80 else f"{text[:80]!r}... ({len(text)} characters)"
 
 
-def _has_long_run(text: str) -> bool:
-    return any(len(match.group()) > LONGEST_RUN for match in re.finditer(r"\s+", text))
-
-
 @lru_cache(maxsize=1)
 def _new_characters() -> np.ndarray:
     """bool ``[code point]``: unknown to this Python's Unicode tables, or new in Unicode 17."""
@@ -302,20 +291,21 @@ def _new_characters() -> np.ndarray:
     return table
 
 
-def _added_tokens(definition: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _separate_added_tokens(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that are not special. ValueError for one that could overlap with another that is found in another pass.
+
+    The oracle finds the places of special tokens even where it reads them as text, and nothing else in them.
+    """
     tokens = definition["added_tokens"]
     added = [token for token in tokens if not token["special"]]
     if any(token["single_word"] for token in added):
         raise ValueError("it has added tokens that stand only for whole words")
-    return [token for token in tokens if token["special"]], added
-
-
-def _require_separate(special: list[dict[str, Any]], added: list[dict[str, Any]]) -> None:
-    """The oracle finds the places of special tokens even where it reads them as text, and nothing else in them."""
     for one in added:
-        for other in special + [token for token in added if token["normalized"] != one["normalized"]]:
-            if _overlap(one["content"], other["content"]):
+        for other in tokens:
+            same_pass = not other["special"] and other["normalized"] == one["normalized"]
+            if not same_pass and _overlap(one["content"], other["content"]):
                 raise ValueError(f"its added tokens {one['content']!r} and {other['content']!r} overlap")
+    return added
 
 
 def _overlap(one: str, other: str) -> bool:

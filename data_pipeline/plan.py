@@ -41,16 +41,11 @@ class PrepareOptions:
 
     def command(self) -> str:
         """The command line that makes the same data."""
-        words = ["trainyard", "prepare"]
-        for entry in self.inputs:
-            words += ["--input", entry]
+        words = ["trainyard", "prepare", *(word for entry in self.inputs for word in ("--input", entry))]
         words += ["--out", str(self.output)]
-        if self.tokenizer is not None:
-            words += ["--tokenizer", str(self.tokenizer)]
-        if self.train_vocabulary is not None:
-            words += ["--train-tokenizer", str(self.train_vocabulary)]
-        for entry in self.validation_inputs:
-            words += ["--validation-input", entry]
+        for name, chosen in (("--tokenizer", self.tokenizer), ("--train-tokenizer", self.train_vocabulary)):
+            words += [] if chosen is None else [name, str(chosen)]
+        words += [word for entry in self.validation_inputs for word in ("--validation-input", entry)]
         own = ["seed"] + ["tokenizer_sample_bytes"] * (self.train_vocabulary is not None)
         own += ["validation_fraction"] * (not self.validation_inputs)
         default = PrepareOptions([], self.output)
@@ -176,9 +171,8 @@ def _identity(
     digests = []
     done, total = 0, sum(file.bytes for file in files)
     for index, file in enumerate(files):
-        digests.append(
-            [file.name, file.bytes, [file_digest(path) for path in content_paths(file)], index >= train_files]
-        )
+        content = [file_digest(path) for path in content_paths(file)]
+        digests.append([file.name, file.bytes, content, index >= train_files])
         done += file.bytes
         if progress is not None:
             progress(done, total)

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import arrow_tables, hub, text_tables
+from data_pipeline import arrow_tables, text_tables
 from data_pipeline.byte_streams import COMPRESSIONS, keeps_ascii, open_bytes
 from data_pipeline.conversations import conversation, conversation_fields, holds_conversations, string_field
 from data_pipeline.documents import (
-    FORMATS,
     BadRow,
     Document,
     Ledger,
@@ -29,21 +28,6 @@ from data_pipeline.documents import (
     Unit,
 )
 from data_pipeline.megatron import MegatronDocuments, megatron_documents
-
-__all__ = [
-    "FORMATS",
-    "Document",
-    "Ledger",
-    "Part",
-    "ReadOptions",
-    "SourceFile",
-    "Unit",
-    "content_kind",
-    "content_paths",
-    "find_files",
-    "plan_units",
-    "read_documents",
-]
 
 CONTAINERS = {
     "text": (".txt", ".text", ".md"),
@@ -99,8 +83,8 @@ def content_paths(file: SourceFile) -> list[Path]:
 
 
 def _files_of(entry: str, options: ReadOptions, ignored: list[str]) -> list[SourceFile]:
-    if entry.startswith(hub.PREFIX):
-        return [hub.hub_file(entry)]
+    if entry.startswith(arrow_tables.HUB_PREFIX):
+        return [arrow_tables.hub_file(entry)]
     path = Path(entry)
     if path.exists():
         return _files_under(path, options, ignored)
@@ -261,10 +245,7 @@ def content_kind(file: SourceFile, options: ReadOptions) -> str:
     """
     if file.container in ("text", "megatron"):
         return "text" if file.container == "text" else "ids"
-    return _kind_of_table(file, options, _columns(file, options))
-
-
-def _kind_of_table(file: SourceFile, options: ReadOptions, columns: list[str]) -> str:
+    columns = _columns(file, options)
     is_chat = holds_conversations(columns, options)
     kind = "chat" if options.format == "chat" or (options.format == "auto" and is_chat) else "text"
     listed = ", ".join(repr(name) for name in columns)
@@ -294,7 +275,7 @@ def _columns(file: SourceFile, options: ReadOptions) -> list[str]:
     elif file.container == "dataset":
         names = arrow_tables.dataset_on_disk(file).column_names
     else:
-        names = hub.column_names(hub.hub_dataset(file))
+        names = arrow_tables.hub_column_names(arrow_tables.hub_dataset(file))
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"{file.label} has several columns named {', '.join(map(repr, repeated))}: rename them")
@@ -384,5 +365,5 @@ ROWS: dict[str, Callable[[Reading], Iterator[Row]]] = {
     "parquet": arrow_tables.parquet_rows,
     "arrow": arrow_tables.arrow_rows,
     "dataset": arrow_tables.dataset_rows,
-    "hub": hub.hub_rows,
+    "hub": arrow_tables.hub_rows,
 }

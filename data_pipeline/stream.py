@@ -81,27 +81,19 @@ class _TextSamples:
         return Rows(tokens, target_mask, rows, columns)
 
     def _padded_rows(self, starts: np.ndarray) -> Rows:
-        """Rows of which some reach over the end of the data."""
+        """Rows of which some reach over the end of the data, read one by one."""
         width, end = self._length + 1, self._shards.tokens
-        short = starts + width > end
-        shifted = np.where(short, max(0, end - width), starts)
-        moved = starts - shifted
-        available = min(width, end)
         tokens = np.full((len(starts), width), _padding_id(self._shards), dtype=np.int64)
-        tokens[:, :available], rows, columns = self._shards.read_windows(shifted, available)
         target_mask = np.ones((len(starts), self._length), dtype=bool)
-        begins = []
-        for row in np.flatnonzero(short).tolist():
-            kept = available - int(moved[row])
-            tokens[row, :kept] = tokens[row, available - kept : available].copy()
-            tokens[row, kept:] = _padding_id(self._shards)
-            target_mask[row, max(0, kept - 1) :] = False
-            begins.append((row, kept))
-        columns = columns - moved[rows]
-        inside = columns > 0
-        padding = np.array(begins, dtype=np.int64).reshape(-1, 2)
-        rows = np.concatenate([rows[inside], padding[:, 0]])
-        columns = np.concatenate([columns[inside], padding[:, 1]])
+        begins: list[tuple[int, int]] = []
+        for row, start in enumerate(starts.tolist()):
+            kept = min(width, end - start)
+            tokens[row, :kept], _, columns = self._shards.read_windows(np.array([start]), kept)
+            begins += [(row, column) for column in columns.tolist()]
+            if kept < width:
+                target_mask[row, kept - 1 :] = False
+                begins.append((row, kept))
+        rows, columns = np.array(begins, dtype=np.int64).reshape(-1, 2).T
         target_mask[rows, columns - 1] = False
         return Rows(tokens, target_mask, rows, columns)
 

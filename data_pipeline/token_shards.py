@@ -20,7 +20,7 @@ import mmap
 import resource
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -271,6 +271,7 @@ class TokenShards:
         self.tokenizer_sha256: str = self.manifest["tokenizer_sha256"]
         self.special_ids: dict[str, int | None] = self.manifest["special_ids"]
         entries = self.manifest["shards"]
+        self.shard_bytes: list[int] = [sum(entry["bytes"].values()) for entry in entries]
         self._shard_starts = list(itertools.accumulate((entry["tokens"] for entry in entries), initial=0))
         self._bounds = np.array(self._shard_starts, dtype=np.int64)
         self._dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
@@ -281,16 +282,14 @@ class TokenShards:
         for index in range(len(self.manifest["shards"])):
             self._shard(index).check_files()
 
-    def check_all(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read everything and compare it with the checksums. Raises for the first damaged file.
+    def check_all(self) -> Iterator[int]:
+        """Read everything and compare it with the checksums; yields the bytes of each shard when it is done.
 
-        ``progress`` is called with (bytes done, bytes in all).
+        Raises for the first damaged file.
         """
-        sizes = [sum(entry["bytes"].values()) for entry in self.manifest["shards"]]
-        for index, done in enumerate(itertools.accumulate(sizes)):
+        for index, size in enumerate(self.shard_bytes):
             self._shard(index).check_all()
-            if progress is not None:
-                progress(done, sum(sizes))
+            yield size
 
     def document_lengths(self) -> np.ndarray:
         """int64 ``[documents]``: tokens of each document, in order; takes memory and time for all of them."""

@@ -67,16 +67,8 @@ CHAT_TEMPLATE = """\
 """
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
 )
 
 
@@ -344,12 +336,8 @@ def split_patterns(definition: dict[str, Any]) -> list[str]:
     if last.get("type") != "ByteLevel" or last["add_prefix_space"] or last["use_regex"] is not (not splits):
         raise ValueError("it is not a byte-level BPE tokenizer that leaves spaces as they are")
     for step in splits:
-        if (
-            step["type"] != "Split"
-            or "Regex" not in step["pattern"]
-            or step["behavior"] != "Isolated"
-            or step["invert"]
-        ):
+        isolates = step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]
+        if not isolates or "Regex" not in step["pattern"]:
             raise ValueError(f"it splits words in a way that is not supported ({step['type']})")
     return [step["pattern"]["Regex"] for step in splits] or [GPT2_PATTERN]
 

@@ -56,7 +56,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Conversatio
     vocabulary = vocabulary_size(tokenizer)
     writer = UnitWriter(folder, kind="chat", vocabulary_size=vocabulary)
     for ids, mask in conversations:
-        writer.add_document(ids, mask)
+        writer.add_documents(np.array(ids), np.array([len(ids)]), np.array(mask))
     write_manifest(
         folder,
         kind="chat",

@@ -41,6 +41,11 @@ def save_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def add_document(writer: UnitWriter, ids: Sequence[int], mask: Sequence[bool] | None = None) -> None:
+    tokens = np.asarray(ids)
+    writer.add_documents(tokens, np.array([tokens.size]), None if mask is None else np.asarray(mask, dtype=bool))
+
+
 def write_shards(
     directory: Path,
     documents: Sequence[Sequence[int]],
@@ -53,7 +58,7 @@ def write_shards(
     kind = "text" if masks is None else "chat"
     writer = UnitWriter(directory, kind=kind, vocabulary_size=vocabulary_size, shard_bytes=shard_bytes)
     for index, document in enumerate(documents):
-        writer.add_document(document, None if masks is None else masks[index])
+        add_document(writer, document, None if masks is None else masks[index])
     write_manifest(
         directory,
         kind=kind,
