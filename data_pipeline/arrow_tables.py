@@ -4,7 +4,6 @@ pyarrow and datasets are imported where they are needed: that takes 0.2 and 2 se
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +111,14 @@ def arrow_rows(reading: Reading) -> Iterator[Row]:
         return
     total = reader.num_record_batches
     begin, end = (part.begin, part.end) if part else (0, total)
+
     # The file has no count of rows before a batch: it is made when a message needs it.
-    count_before = partial(_rows_in_batches, reader, begin) if begin else None
-    reading.place = Place(f"{reading.file.path}, row ", count_before)
+    def count_before() -> int:
+        return sum(reader.get_batch(index).num_rows for index in range(begin))
+
+    reading.place = Place(f"{reading.file.path}, row ", count_before if begin else None)
     loaded = ((reader.get_batch(index), size * (index + 1) // total) for index in range(begin, end))
     yield from _as_rows(reading, _slices(loaded, columns, size // max(total, 1)))
-
-
-def _rows_in_batches(reader: Any, end: int) -> int:
-    return sum(reader.get_batch(index).num_rows for index in range(end))
 
 
 def _slices(loaded: Iterable[tuple[Any, int]], columns: list[str], batch_bytes: int) -> Iterator[tuple[Any, int]]:

@@ -183,7 +183,10 @@ def _claimed(options: PrepareOptions, plan: Plan) -> Iterator[None]:
         marker.seek(0)
         content = marker.read()
         mine = orjson.dumps({"identity": plan.identity, "command": options.command()})
-        if _identity_of(content) != plan.identity:
+        identity = None
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            identity = orjson.loads(content)["identity"]
+        if identity != plan.identity:
             if content and options.task is not None:
                 raise ValueError(
                     f"{output} holds an interrupted preparation with other options or from other files: delete it or "
@@ -205,12 +208,6 @@ def _claimed(options: PrepareOptions, plan: Plan) -> Iterator[None]:
                 _clear(output)
                 (output / MARKER_NAME).unlink()
             raise
-
-
-def _identity_of(marker: bytes) -> str | None:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return orjson.loads(marker)["identity"]
-    return None
 
 
 def _lock(descriptor: int, output: Path, shared: bool) -> None:

@@ -99,8 +99,6 @@ class UnitWriter:
     def __init__(
         self, directory: Path, *, kind: str, vocabulary_size: int, unit: int = 0, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        if kind not in ("text", "chat"):
-            raise ValueError(f"the kind of token shards is 'text' or 'chat', not {kind!r}")
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.tokens = 0

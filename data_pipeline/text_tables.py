@@ -13,6 +13,7 @@ import orjson
 
 from data_pipeline import byte_streams
 from data_pipeline.byte_streams import CHUNK_BYTES, check_start, is_cut, keeps_ascii, open_bytes, text_chunks
+from data_pipeline.conversations import conversation_fields
 from data_pipeline.documents import MAX_RECORD_BYTES, BadRow, Document, Place, Reading, ReadOptions, Row, SourceFile
 
 DELIMITERS = (",", ";", "\t", "|")
@@ -144,8 +145,9 @@ class _CsvLines:
 # CSV
 
 
-def csv_header(file: SourceFile, options: ReadOptions, wanted: set[str]) -> tuple[str, list[str]]:
-    """The delimiter and the column names of a CSV file: the delimiter that gives ``wanted`` or the most columns."""
+def csv_header(file: SourceFile, options: ReadOptions) -> tuple[str, list[str]]:
+    """The delimiter and the column names of a CSV file: the delimiter that gives wanted or the most columns."""
+    wanted = {options.text_field, *conversation_fields(options)}
     csv.field_size_limit(MAX_RECORD_BYTES)  # the default of 131,072 characters is shorter than many documents
     if options.delimiter:
         delimiters: tuple[str, ...] = (options.delimiter,)
@@ -172,8 +174,9 @@ def _first_row(file: SourceFile, options: ReadOptions, delimiter: str) -> list[s
         return []  # quotes that another delimiter explains
 
 
-def csv_rows(reading: Reading, delimiter: str, names: list[str]) -> Iterator[Row]:
+def csv_rows(reading: Reading) -> Iterator[Row]:
     """Rows behind the header, as dicts."""
+    delimiter, names = csv_header(reading.file, reading.options)
     reading.place = Place(f"{reading.file.path}:")
     lines = _CsvLines(reading)
     reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
