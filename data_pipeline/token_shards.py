@@ -42,6 +42,11 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
     return np.dtype("<u2") if vocabulary_size <= 65_536 else np.dtype("<u4")
 
 
+def sum_bytes(sizes: dict[str, int]) -> int:
+    """The size of ``.sums`` for files of these sizes."""
+    return sum(8 * -(-size // BLOCK_BYTES) for size in sizes.values())
+
+
 class _Blocks:
     """Which blocks of a file were compared with their checksums. It outlives the mapping of the file."""
 
@@ -194,7 +199,7 @@ class _Shard:
 
     def check_files(self) -> None:
         """Compare names and sizes with the manifest. FileNotFoundError, ValueError."""
-        for suffix, size in self._entry["bytes"].items():
+        for suffix, size in [*self._entry["bytes"].items(), ("sums", sum_bytes(self._entry["bytes"]))]:
             path = self._path(suffix)
             if not path.is_file():
                 raise FileNotFoundError(
@@ -205,9 +210,6 @@ class _Shard:
                     f"{path} has {path.stat().st_size:,} bytes, but the manifest says {size:,}: the file is damaged; "
                     f"{rebuild_hint(self._data_set)}"
                 )
-        sums = self._path("sums")
-        if not sums.is_file():
-            raise FileNotFoundError(f"{sums} is missing: {rebuild_hint(self._data_set)}")
 
     def check_all(self) -> None:
         """Read every byte and compare it with the checksums; the first damaged block raises ValueError."""
@@ -231,8 +233,7 @@ class _Shard:
         sums = self._path("sums").read_bytes()
         sizes: dict[str, int] = self._entry["bytes"]
         counts = {suffix: -(-sizes[suffix] // BLOCK_BYTES) for suffix in SUFFIXES if suffix in sizes}
-        damaged = xxhash.xxh3_64_hexdigest(sums) != self._entry["sums_xxh3_64"]
-        if damaged or len(sums) != 8 * sum(counts.values()):
+        if xxhash.xxh3_64_hexdigest(sums) != self._entry["sums_xxh3_64"]:
             raise ValueError(f"{self._path('sums')} is damaged: {rebuild_hint(self._data_set)}")
         digests = np.split(np.frombuffer(sums, "<u8"), np.cumsum(list(counts.values()))[:-1])
         return {

@@ -24,7 +24,7 @@ from data_pipeline.engines import open_engine
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import UnitWriter, write_file_atomically
 from data_pipeline.sources import Document, Ledger, read_documents
-from data_pipeline.token_shards import BLOCK_BYTES
+from data_pipeline.token_shards import sum_bytes
 from data_pipeline.tokenizer import (
     document_frame,
     load_text_tokenizer,
@@ -71,7 +71,7 @@ def unit_is_done(plan: Plan, number: int) -> bool:
         for shard in split["shards"]:
             base = plan.output / name / shard["name"]
             sizes |= {base.with_suffix(f".{suffix}"): size for suffix, size in shard["bytes"].items()}
-            sizes[base.with_suffix(".sums")] = 8 * sum(-(-size // BLOCK_BYTES) for size in shard["bytes"].values())
+            sizes[base.with_suffix(".sums")] = sum_bytes(shard["bytes"])
     return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
 
 
