@@ -4,9 +4,9 @@
 
 Every round runs all contenders one after another, each a process pinned to the same core with one thread. Rates are of
 the whole process. Its start (interpreter, imports, loading the tokenizer) is measured by the same command on one
-document, and a second rate is without it; datatrove, which starts more slowly than we do, is compared by that. Slow
-contenders get the first part of the corpus, and ours runs on that part, too. Everything is made under build/: the
-corpus, a tokenizer of 32,000 entries, datatrove in a venv of its own.
+document, and a second rate, by which datatrove is compared, is without it. Slow contenders get the first part of the
+corpus, and ours runs on that part, too. Everything is made under build/: the corpus, a tokenizer of 32,000 entries,
+datatrove in a venv of its own.
 """
 
 import argparse
