@@ -6,7 +6,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zstandard
@@ -19,13 +19,13 @@ INPUT_BYTES = 2**14  # decompressed at once: little, for what comes out may be a
 CHUNK_BYTES = 2**20
 
 
-def _decompressor(compression: str) -> Any:
-    """A fresh one; all have decompress(), eof and unused_data."""
-    if compression == "gzip":
-        return zlib.decompressobj(wbits=31)
-    if compression == "zstd":  # windows up to 2 GiB: files packed with --long
-        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-    return bz2.BZ2Decompressor() if compression == "bzip2" else lzma.LZMADecompressor()
+# All have decompress(), eof and unused_data.
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(wbits=31),
+    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),  # 2 GiB: packed with --long
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
 
 
 class DecompressedFile(io.RawIOBase):
@@ -73,7 +73,7 @@ class DecompressedFile(io.RawIOBase):
             self._input = self._input.lstrip(b"\0")  # padding between streams
             if not self._input:
                 return True
-            self._stream = _decompressor(self._file.compression)
+            self._stream = DECOMPRESSORS[self._file.compression]()
         try:
             self._ready = memoryview(self._stream.decompress(self._input))
         except (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError) as error:

@@ -293,7 +293,9 @@ class ChatRenderer:
         ]
         other, pattern = self._text(others, tools), re.compile("|".join(stand_ins))
         pieces = pattern.split(other)
-        exact = pattern.findall(other) == stand_ins and self._special_in(self._prompt)
+        exact = pattern.findall(other) == stand_ins and bool(
+            self._special_text and self._special_text.search(self._prompt)
+        )
         spans: list[Span] = []
         position = 0
         for number, piece in enumerate(pieces):
@@ -317,9 +319,6 @@ class ChatRenderer:
                 )
             position += len(piece)
         return spans
-
-    def _special_in(self, text: str) -> bool:
-        return self._special_text is not None and self._special_text.search(text) is not None
 
     def _token_spans(self, text: str, ids: list[int], spans: Sequence[Span]) -> list[Span]:
         """The tokens of characters: no token may reach over an edge, also where the text ends there."""

@@ -9,17 +9,8 @@ from data_pipeline.documents import BadRow, Message, ReadOptions
 MESSAGES_FIELDS = ("messages", "conversations")
 ALPACA_FIELDS = ("instruction", "output")
 OTHER_FIELDS = ("input", "history", "system", "tools")
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
+ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant", chatgpt="assistant")
+ROLES |= dict(bing="assistant", tool="tool", function="tool")
 # These change what a turn means; other keys (ids, weights) say something about a message only.
 UNSUPPORTED_MESSAGE_KEYS = ("function_call", "reasoning_content", "thinking")
 

@@ -133,9 +133,8 @@ class Document(NamedTuple):
 class Ledger:
     """What reading left out. Plain values: ``dataclasses.asdict`` gives JSON, and ``Ledger(**json)`` takes it back."""
 
-    skipped: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # reason: {"count": n, "locations": the first five}
+    # reason: {"count": n, "locations": the first five}
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     cut_short: list[dict[str, Any]] = field(default_factory=list)  # {"file", "position" in bytes, "lost" in words}
     losses: dict[str, int] = field(default_factory=dict)  # file: rows skipped and cuts
 
@@ -170,24 +169,24 @@ class Ledger:
                 raise ValueError(f"nothing of {label} can be used ({why}): remove it or replace it")
 
 
+@dataclass
 class Reading:
     """One pass over a part of a file: what a reader needs, and where it reports what it cannot use.
 
     ``ledger`` None: nothing may be lost, so bad rows and cut files raise ValueError.
     """
 
-    def __init__(
-        self, file: SourceFile, options: ReadOptions, part: Part | None = None, ledger: Ledger | None = None
-    ) -> None:
-        self.file = file
-        self.options = options
-        self.part = part
-        self.ledger = ledger
-        self.fields: tuple[str, ...] = ()  # the columns needed; readers of column stores read no others
-        self.stream_cut = False  # the content ended early: in a compressed stream or inside a character
-        self.half_character_bytes = 0  # at the end of the content
-        self._cut_noted = False
-        self.place = Place(file.label)
+    file: SourceFile
+    options: ReadOptions
+    part: Part | None = None
+    ledger: Ledger | None = None
+    fields: tuple[str, ...] = ()  # the columns needed; readers of column stores read no others
+    stream_cut: bool = False  # the content ended early: in a compressed stream or inside a character
+    half_character_bytes: int = 0  # at the end of the content
+    _cut_noted: bool = False
+
+    def __post_init__(self) -> None:
+        self.place = Place(self.file.label)
 
     def bad(self, number: int, row: BadRow) -> None:
         """Count a bad row, or raise it as ValueError with its place."""

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer, pre_tokenizers
 
-from data_pipeline.tokenizer import plain_text_encoder, special_token_texts
+from data_pipeline.tokenizer import plain_text_encoder, special_token_texts, split_patterns
 
 ENGINES = ("gigatoken", "tiktoken", "huggingface")  # the fastest first
 SAMPLE_TEXTS = 1000  # one text in so many is compared with the oracle, ...
@@ -28,9 +28,6 @@ SAMPLE_LONGEST = 2**12  # of a longer text its beginning is encoded by both
 CACHE_TEXT_BYTES = 2 * 10**9  # gigatoken 0.10 never empties its cache, whose 32-bit offsets would overflow one day
 CACHE_MEMORY_BYTES = 2**29
 LONGEST_RUN = 250_000  # characters of white space; a run of a million overflows the stack of tiktoken's regex engine
-
-# Of tokenizers' ByteLevel pre-tokenizer (GPT-2's public encoder), used where a tokenizer has no pattern of its own.
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # Characters that Unicode 17 made letters or numbers: gigatoken 0.10 splits words by Unicode 17, tokenizers by 16.
 UNICODE_17 = (
@@ -42,9 +39,8 @@ UNICODE_17 = (
 FIRST_UNASSIGNED = 0x378
 _ASSIGNED_PLANES = 0x40000  # no plane between 3 and 14 has characters, and 14 to 16 have neither letters nor numbers
 
-Ids = tuple[
-    np.ndarray, np.ndarray
-]  # of all texts one after another, uint32 [tokens]; tokens of each text, int64 [texts]
+# Of all texts one after another, uint32 [tokens]; tokens of each text, int64 [texts].
+Ids = tuple[np.ndarray, np.ndarray]
 
 
 class Engine:
@@ -71,9 +67,8 @@ class _ComparedEngine(Engine, abc.ABC):
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
         self._definition = json.loads(self.oracle.to_str())
-        self._patterns = _split_patterns(self._definition)
-        special, added = _added_tokens(self._definition)
-        _require_separate(special, added)
+        self._patterns = split_patterns(self._definition)
+        added = _separate_added_tokens(self._definition)
         # The oracle, too, reads special tokens as text; for the others they must not exist.
         self._definition["added_tokens"] = added
         # Only texts that are NFC already get here, see _contested.
@@ -158,16 +153,10 @@ class _ComparedEngine(Engine, abc.ABC):
     def _prove(self, texts: list[str]) -> None:
         contested = set(self._contested(texts))
         texts = [text for index, text in enumerate(texts) if index not in contested]
-        flat, lengths = self._encode_fast(texts)
-        expected, expected_lengths = super().encode(texts)
-        if np.array_equal(lengths, expected_lengths) and np.array_equal(flat, expected):
-            return
-        starts = np.cumsum(lengths) - lengths
-        expected_starts = np.cumsum(expected_lengths) - expected_lengths
-        for index, text in enumerate(texts):
-            ours = flat[starts[index] : starts[index] + lengths[index]]
-            theirs = expected[expected_starts[index] : expected_starts[index] + expected_lengths[index]]
-            if not np.array_equal(ours, theirs):
+        both = (self._encode_fast(texts), super().encode(texts))
+        ours, theirs = (np.split(flat, np.cumsum(lengths)[:-1]) for flat, lengths in both)
+        for text, ids, expected in zip(texts, ours, theirs, strict=True):
+            if not np.array_equal(ids, expected):
                 raise ValueError(f"it gives other tokens than Hugging Face tokenizers for the text {_shortened(text)}")
 
 
@@ -181,8 +170,10 @@ class _Gigatoken(_ComparedEngine):
         self._memory_bytes = psutil.Process().memory_info().rss
 
     def _encode_fast(self, texts: list[str]) -> Ids:
-        layout = self._backend.encode_batch(texts, parallel=False).layout
-        flat, lengths = layout.content.data, np.diff(layout.offsets.data)
+        # one by one: a batch would come as an awkward array, which takes longer to make, and 0.2 s to import
+        pieces = [self._backend.encode(text) for text in texts]
+        lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
+        flat = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
         self._cached_bytes += sum(map(len, texts))
         grown_bytes = psutil.Process().memory_info().rss - self._memory_bytes
         if self._cached_bytes > CACHE_TEXT_BYTES or grown_bytes > CACHE_MEMORY_BYTES:
@@ -209,7 +200,8 @@ class _Tiktoken(_ComparedEngine):
         return self._ids[flat], lengths
 
     def _contested(self, texts: Sequence[str]) -> list[int]:
-        long = [index for index, text in enumerate(texts) if len(text) > LONGEST_RUN and _has_long_run(text)]
+        long = [index for index, text in enumerate(texts) if len(text) > LONGEST_RUN]
+        long = [i for i in long if any(len(run.group()) > LONGEST_RUN for run in re.finditer(r"\s+", texts[i]))]
         return sorted({*long, *super()._contested(texts)})
 
 
@@ -289,10 +281,6 @@ def _shortened(text: str) -> str:
     return repr(text) if len(text) <= 80 else f"{text[:80]!r}... ({len(text)} characters)"
 
 
-def _has_long_run(text: str) -> bool:
-    return any(len(match.group()) > LONGEST_RUN for match in re.finditer(r"\s+", text))
-
-
 @lru_cache(maxsize=1)
 def _new_characters() -> np.ndarray:
     """bool ``[code point]``: unknown to this Python's Unicode tables, or new in Unicode 17."""
@@ -303,46 +291,21 @@ def _new_characters() -> np.ndarray:
     return table
 
 
-def _split_patterns(definition: dict[str, Any]) -> list[str]:
-    """The regular expressions that split words in a byte-level BPE tokenizer; ValueError for any other tokenizer."""
-    model, pre_tokenizer = definition["model"], definition["pre_tokenizer"] or {}
-    normalizer = definition["normalizer"] or {}
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ValueError("it is not a byte-level BPE tokenizer")
-    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ValueError("its BPE has dropout, a prefix or a suffix")
-    if not set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"]):
-        raise ValueError("it is not a byte-level BPE tokenizer: not every byte is in its vocabulary")
-    if any(step["type"] != "NFC" for step in normalizer.get("normalizers", [normalizer] if normalizer else [])):
-        raise ValueError("it changes texts by a normalizer other than NFC")
-    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or last["use_regex"] is not (not splits):
-        raise ValueError("it is not a byte-level BPE tokenizer that leaves spaces as they are")
-    for step in splits:
-        if (
-            step["type"] != "Split"
-            or "Regex" not in step["pattern"]
-            or step["behavior"] != "Isolated"
-            or step["invert"]
-        ):
-            raise ValueError(f"it splits words in a way that is not supported ({step['type']})")
-    return [step["pattern"]["Regex"] for step in splits] or [GPT2_PATTERN]
+def _separate_added_tokens(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that are not special. ValueError for one that could overlap with another that is found in another pass.
 
-
-def _added_tokens(definition: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    The oracle finds the places of special tokens even where it reads them as text, and nothing else in them.
+    """
     tokens = definition["added_tokens"]
     added = [token for token in tokens if not token["special"]]
     if any(token["single_word"] for token in added):
         raise ValueError("it has added tokens that stand only for whole words")
-    return [token for token in tokens if token["special"]], added
-
-
-def _require_separate(special: list[dict[str, Any]], added: list[dict[str, Any]]) -> None:
-    """The oracle finds the places of special tokens even where it reads them as text, and nothing else in them."""
     for one in added:
-        for other in special + [token for token in added if token["normalized"] != one["normalized"]]:
-            if _overlap(one["content"], other["content"]):
+        for other in tokens:
+            same_pass = not other["special"] and other["normalized"] == one["normalized"]
+            if not same_pass and _overlap(one["content"], other["content"]):
                 raise ValueError(f"its added tokens {one['content']!r} and {other['content']!r} overlap")
+    return added
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -94,18 +94,12 @@ def _write_split(
         own = range(plan.train_files) if name == "train" else range(plan.train_files, len(plan.files))
     place = 1 + plan.splits.index(name)
     units = [
-        {
-            "source": plan.files[index].name,
-            "bytes": plan.files[index].bytes,
-            "documents_in": files[index][0],
-            "documents_kept": files[index][place],
-        }
-        for index in own
+        {"source": file.name, "bytes": file.bytes, "documents_in": counts[0], "documents_kept": counts[place]}
+        for file, counts in [(plan.files[index], files[index]) for index in own]
     ]
     directory = plan.output / name
-    write_manifest(
-        directory, split=name, shards=[shard for s in splits for shard in s["shards"]], units=units, **header
-    )
+    shards = [shard for split in splits for shard in split["shards"]]
+    write_manifest(directory, split=name, shards=shards, units=units, **header)
     text_bytes = [split["text_bytes"] for split in splits]
     return {
         "documents": sum(split["documents"] for split in splits),

@@ -10,6 +10,7 @@ from pathlib import Path
 import xxhash
 
 from data_pipeline.sources import ReadOptions, SourceFile, Unit, content_kind, content_paths, find_files, plan_units
+from data_pipeline.tokenizer import tokenizer_files
 
 SPLITS = ("train", "validation")
 MAX_UNITS = 4096
@@ -40,16 +41,11 @@ class PrepareOptions:
 
     def command(self) -> str:
         """The command line that makes the same data."""
-        words = ["trainyard", "prepare"]
-        for entry in self.inputs:
-            words += ["--input", entry]
+        words = ["trainyard", "prepare", *(word for entry in self.inputs for word in ("--input", entry))]
         words += ["--out", str(self.output)]
-        if self.tokenizer is not None:
-            words += ["--tokenizer", str(self.tokenizer)]
-        if self.train_vocabulary is not None:
-            words += ["--train-tokenizer", str(self.train_vocabulary)]
-        for entry in self.validation_inputs:
-            words += ["--validation-input", entry]
+        for name, chosen in (("--tokenizer", self.tokenizer), ("--train-tokenizer", self.train_vocabulary)):
+            words += [] if chosen is None else [name, str(chosen)]
+        words += [word for entry in self.validation_inputs for word in ("--validation-input", entry)]
         own = ["seed"] + ["tokenizer_sample_bytes"] * (self.train_vocabulary is not None)
         own += ["validation_fraction"] * (not self.validation_inputs)
         default = PrepareOptions([], self.output)
@@ -171,15 +167,12 @@ def _identity(
         "units": [[[part.file, part.begin, part.end] for part in unit.parts] for unit in units],
     }
     if options.tokenizer is not None:
-        from data_pipeline.tokenizer import tokenizer_files  # imports transformers, which takes seconds
-
         choices["tokenizer"] = {file.name: file_digest(file) for file in tokenizer_files(options.tokenizer)}
     digests = []
     done, total = 0, sum(file.bytes for file in files)
     for index, file in enumerate(files):
-        digests.append(
-            [file.name, file.bytes, [file_digest(path) for path in content_paths(file)], index >= train_files]
-        )
+        content = [file_digest(path) for path in content_paths(file)]
+        digests.append([file.name, file.bytes, content, index >= train_files])
         done += file.bytes
         if progress is not None:
             progress(done, total)

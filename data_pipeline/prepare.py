@@ -23,7 +23,7 @@ from data_pipeline.plan import SPLITS, Plan, PrepareOptions, Progress, make_plan
 from data_pipeline.shard_writer import sync_directory, write_file_atomically
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import copy_tokenizer, train_tokenizer
-from data_pipeline.units import NO_ROOM, RECORDS, TOKENIZER, no_room, sample_path, unit_is_done
+from data_pipeline.units import RECORDS, TOKENIZER, no_room, sample_path, unit_is_done
 from data_pipeline.workers import run_units
 
 REPORT_VERSION = "prepare/2"
@@ -183,7 +183,10 @@ def _claimed(options: PrepareOptions, plan: Plan) -> Iterator[None]:
         marker.seek(0)
         content = marker.read()
         mine = orjson.dumps({"identity": plan.identity, "command": options.command()})
-        if _identity_of(content) != plan.identity:
+        identity = None
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            identity = orjson.loads(content)["identity"]
+        if identity != plan.identity:
             if content and options.task is not None:
                 raise ValueError(
                     f"{output} holds an interrupted preparation with other options or from other files: delete it or "
@@ -205,12 +208,6 @@ def _claimed(options: PrepareOptions, plan: Plan) -> Iterator[None]:
                 _clear(output)
                 (output / MARKER_NAME).unlink()
             raise
-
-
-def _identity_of(marker: bytes) -> str | None:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return orjson.loads(marker)["identity"]
-    return None
 
 
 def _lock(descriptor: int, output: Path, shared: bool) -> None:
@@ -304,7 +301,7 @@ def _make_tokenizer(options: PrepareOptions, plan: Plan, bar: _Bar) -> dict[str,
             missing = [unit.number for unit in plan.units if not sample_path(plan, unit.number).is_file()]
             _run(options, plan, missing, bar, sample=True)
             sample = {"sample_documents": 0, "sample_text_bytes": 0}
-            _save(train_tokenizer(_sampled_texts(plan, sample), options.train_vocabulary), temporary)
+            train_tokenizer(_sampled_texts(plan, sample), options.train_vocabulary, temporary)
             write_file_atomically(sample_file, json.dumps(sample).encode())
         for file in temporary.iterdir():
             with open(file, "rb") as content:
@@ -317,16 +314,6 @@ def _make_tokenizer(options: PrepareOptions, plan: Plan, bar: _Bar) -> dict[str,
     for unit in plan.units:
         sample_path(plan, unit.number).unlink(missing_ok=True)
     return sample
-
-
-def _save(tokenizer: Any, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # of Rust, with the number of the operating system's error in its text
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code and int(code[1]) in NO_ROOM:
-            raise OSError(int(code[1]), str(error)) from None
-        raise
 
 
 def _sampled_texts(plan: Plan, sample: dict[str, int]) -> Iterator[str]:

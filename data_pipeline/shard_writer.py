@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +92,13 @@ class UnitWriter:
 
     The bytes depend on the documents alone, not on how they were divided between calls.
 
-    Args:
-        directory: of the split; made if missing.
-        kind: "text" or "chat"; chat documents carry a mask.
-        vocabulary_size: ids are below it.
-        unit: number of the work unit.
-        shard_bytes: a shard is closed when its ``.bin`` has reached this size; documents are never divided between
-            shards.
-
-    Attributes:
-        tokens, documents, longest_document_tokens: of what was added.
+    A shard is closed when its ``.bin`` has reached ``shard_bytes``; documents are never divided between shards.
+    ``tokens``, ``documents`` and ``longest_document_tokens`` count what was added.
     """
 
     def __init__(
         self, directory: Path, *, kind: str, vocabulary_size: int, unit: int = 0, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        if kind not in ("text", "chat"):
-            raise ValueError(f"the kind of token shards is 'text' or 'chat', not {kind!r}")
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.tokens = 0
@@ -125,11 +114,6 @@ class UnitWriter:
         self._lengths: list[np.ndarray] = []  # of the open shard's documents
         self._in_shard = 0  # tokens of the open shard
         self._mask_rest = np.zeros(0, dtype=bool)  # bits of the open shard that do not fill a byte yet
-
-    def add_document(self, ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray | None = None) -> None:
-        """Append one document: token ids, and for kind "chat" a mask of the same length."""
-        tokens = np.asarray(ids)
-        self.add_documents(tokens, np.array([tokens.size]), None if mask is None else np.asarray(mask, dtype=bool))
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Append documents: their ids one after another (integers), the tokens of each, and for kind "chat" a mask.
@@ -210,16 +194,13 @@ class UnitWriter:
         self._open["docs"].write(starts.astype("<u4").tobytes())
         for file in self._open.values():
             file.close()
-        digests = [digest for suffix in ("bin", "docs", "mask") for digest in self._digests(suffix)]
+        digests = [digest for file in self._open.values() for digest in file.digests]
         sums = np.array(digests, dtype="<u8").tobytes()
         write_file_atomically(self.directory / f"{self._name()}.sums", sums)
         sizes = {suffix: file.bytes for suffix, file in self._open.items()}
         entry = {"name": self._name(), "documents": int(lengths.size), "tokens": self._in_shard}
         self._shards.append(entry | {"bytes": sizes, "sums_xxh3_64": xxhash.xxh3_64_hexdigest(sums)})
         self._open = {}
-
-    def _digests(self, suffix: str) -> list[int]:
-        return self._open[suffix].digests if suffix in self._open else []
 
     def _write_mask(self, mask: np.ndarray) -> None:
         bits = np.concatenate([self._mask_rest, mask])
@@ -242,15 +223,9 @@ def write_manifest(
     """Commit a split: its manifest, written last and atomically, makes the directory a data set.
 
     Args:
-        directory: of the split; must not hold a manifest of other content.
-        kind: "text" or "chat".
-        split: "train" or "validation".
-        tokenizer_sha256: fingerprint of the tokenizer that made the ids.
-        vocabulary_size: ids are below it.
-        special_ids: ids by name; "eos" and "pad" (None where the tokenizer has none).
+        special_ids: "eos" and "pad" (None where the tokenizer has none).
         shards: what ``UnitWriter.finish`` returned, in the order of the units.
-        units: what is known of each source: its ``source`` (name, not an absolute path), ``bytes``, ``documents_in``
-            and ``documents_kept``.
+        units: of each source its ``source`` (name), ``bytes``, ``documents_in`` and ``documents_kept``.
     """
     manifest = {
         "version": FORMAT_VERSION,

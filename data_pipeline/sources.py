@@ -13,37 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import arrow_tables, hub, text_tables
+from data_pipeline import arrow_tables, text_tables
 from data_pipeline.byte_streams import COMPRESSIONS, keeps_ascii, open_bytes
 from data_pipeline.conversations import conversation, conversation_fields, holds_conversations, string_field
-from data_pipeline.documents import (
-    FORMATS,
-    BadRow,
-    Document,
-    Ledger,
-    Part,
-    Reading,
-    ReadOptions,
-    Row,
-    SourceFile,
-    Unit,
-)
+from data_pipeline.documents import BadRow, Document, Ledger, Part, Reading, ReadOptions, Row, SourceFile, Unit
 from data_pipeline.megatron import MegatronDocuments, megatron_documents
-
-__all__ = [
-    "FORMATS",
-    "Document",
-    "Ledger",
-    "Part",
-    "ReadOptions",
-    "SourceFile",
-    "Unit",
-    "content_kind",
-    "content_paths",
-    "find_files",
-    "plan_units",
-    "read_documents",
-]
 
 CONTAINERS = {
     "text": (".txt", ".text", ".md"),
@@ -99,8 +73,8 @@ def content_paths(file: SourceFile) -> list[Path]:
 
 
 def _files_of(entry: str, options: ReadOptions, ignored: list[str]) -> list[SourceFile]:
-    if entry.startswith(hub.PREFIX):
-        return [hub.hub_file(entry)]
+    if entry.startswith(arrow_tables.HUB_PREFIX):
+        return [arrow_tables.hub_file(entry)]
     path = Path(entry)
     if path.exists():
         return _files_under(path, options, ignored)
@@ -230,7 +204,9 @@ def _edges(file: SourceFile, options: ReadOptions, unit_bytes: int) -> list[int]
     if file.container == "parquet":
         metadata = arrow_tables.parquet_file(file).metadata
         sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
-        return _weighted_edges(np.cumsum([0, *sizes]), pieces)
+        starts = np.cumsum([0, *sizes])  # of each row group; edges are where an even division comes next to one
+        wanted = starts[-1] * np.arange(1, pieces) // pieces
+        return sorted({0, *np.searchsorted(starts, wanted).tolist(), len(sizes)})
     if file.container == "arrow" and arrow_tables.is_arrow_file(file):
         return _even_edges(arrow_tables.arrow_reader(file).num_record_batches, pieces)
     if file.container == "dataset":
@@ -244,12 +220,6 @@ def _even_edges(total: int, pieces: int) -> list[int]:
     return sorted({total * piece // pieces for piece in range(pieces + 1)}) if total else [0, 0]
 
 
-def _weighted_edges(starts: np.ndarray, pieces: int) -> list[int]:
-    """Edges between items (``starts``: [items + 1], where each begins) that come next to an even division."""
-    wanted = starts[-1] * np.arange(1, pieces) // pieces
-    return sorted({0, *np.searchsorted(starts, wanted).tolist(), len(starts) - 1})
-
-
 # Reading
 
 
@@ -261,10 +231,7 @@ def content_kind(file: SourceFile, options: ReadOptions) -> str:
     """
     if file.container in ("text", "megatron"):
         return "text" if file.container == "text" else "ids"
-    return _kind_of_table(file, options, _columns(file, options))
-
-
-def _kind_of_table(file: SourceFile, options: ReadOptions, columns: list[str]) -> str:
+    columns = _columns(file, options)
     is_chat = holds_conversations(columns, options)
     kind = "chat" if options.format == "chat" or (options.format == "auto" and is_chat) else "text"
     listed = ", ".join(repr(name) for name in columns)
@@ -284,7 +251,7 @@ def _kind_of_table(file: SourceFile, options: ReadOptions, columns: list[str]) -
 def _columns(file: SourceFile, options: ReadOptions) -> list[str]:
     """Names of a table's columns; of JSON the keys of the first record."""
     if file.container == "csv":
-        names = text_tables.csv_header(file, options, {options.text_field, *conversation_fields(options)})[1]
+        names = text_tables.csv_header(file, options)[1]
     elif file.container in ("json", "jsonl"):
         return _keys(file, options)
     elif file.container == "parquet":
@@ -294,7 +261,7 @@ def _columns(file: SourceFile, options: ReadOptions) -> list[str]:
     elif file.container == "dataset":
         names = arrow_tables.dataset_on_disk(file).column_names
     else:
-        names = hub.column_names(hub.hub_dataset(file))
+        names = arrow_tables.hub_column_names(arrow_tables.hub_dataset(file))
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"{file.label} has several columns named {', '.join(map(repr, repeated))}: rename them")
@@ -372,17 +339,12 @@ def _documents_of_rows(reading: Reading, rows: Iterator[Row], kind: str) -> Iter
             reading.bad(number, bad)
 
 
-def _csv_rows(reading: Reading) -> Iterator[Row]:
-    wanted = {reading.options.text_field, *conversation_fields(reading.options)}
-    yield from text_tables.csv_rows(reading, *text_tables.csv_header(reading.file, reading.options, wanted))
-
-
 ROWS: dict[str, Callable[[Reading], Iterator[Row]]] = {
-    "csv": _csv_rows,
+    "csv": text_tables.csv_rows,
     "jsonl": text_tables.jsonl_rows,
     "json": text_tables.json_rows,
     "parquet": arrow_tables.parquet_rows,
     "arrow": arrow_tables.arrow_rows,
     "dataset": arrow_tables.dataset_rows,
-    "hub": hub.hub_rows,
+    "hub": arrow_tables.hub_rows,
 }

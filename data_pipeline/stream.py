@@ -3,8 +3,8 @@
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -24,8 +24,7 @@ EPOCHS_TO_WARN = 4
 PACKINGS = ("concatenate", "best_fit")
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """``n`` rows of ``L`` tokens, each with the token that follows. Padding is a document whose targets never count.
 
     Where documents begin is kept as a short list; position ids, as large as the tokens, are made on demand.
@@ -82,27 +81,19 @@ class _TextSamples:
         return Rows(tokens, target_mask, rows, columns)
 
     def _padded_rows(self, starts: np.ndarray) -> Rows:
-        """Rows of which some reach over the end of the data."""
+        """Rows of which some reach over the end of the data, read one by one."""
         width, end = self._length + 1, self._shards.tokens
-        short = starts + width > end
-        shifted = np.where(short, max(0, end - width), starts)
-        moved = starts - shifted
-        available = min(width, end)
         tokens = np.full((len(starts), width), _padding_id(self._shards), dtype=np.int64)
-        tokens[:, :available], rows, columns = self._shards.read_windows(shifted, available)
         target_mask = np.ones((len(starts), self._length), dtype=bool)
-        begins = []
-        for row in np.flatnonzero(short).tolist():
-            kept = available - int(moved[row])
-            tokens[row, :kept] = tokens[row, available - kept : available].copy()
-            tokens[row, kept:] = _padding_id(self._shards)
-            target_mask[row, max(0, kept - 1) :] = False
-            begins.append((row, kept))
-        columns = columns - moved[rows]
-        inside = columns > 0
-        padding = np.array(begins, dtype=np.int64).reshape(-1, 2)
-        rows = np.concatenate([rows[inside], padding[:, 0]])
-        columns = np.concatenate([columns[inside], padding[:, 1]])
+        begins: list[tuple[int, int]] = []
+        for row, start in enumerate(starts.tolist()):
+            kept = min(width, end - start)
+            tokens[row, :kept], _, columns = self._shards.read_windows(np.array([start]), kept)
+            begins += [(row, column) for column in columns.tolist()]
+            if kept < width:
+                target_mask[row, kept - 1 :] = False
+                begins.append((row, kept))
+        rows, columns = np.array(begins, dtype=np.int64).reshape(-1, 2).T
         target_mask[rows, columns - 1] = False
         return Rows(tokens, target_mask, rows, columns)
 
@@ -118,7 +109,7 @@ class _PackedSamples:
     """Rows that hold whole documents, packed best-fit, padded to ``sequence_length + 1`` tokens.
 
     A conversation that is longer is left out and reported; a text is cut into pieces. Takes 24 bytes a document or
-    piece, and time for all of them when opened: about a second a million.
+    piece, and time for all of them when opened: 0.4 seconds a million.
     """
 
     def __init__(self, shards: TokenShards, sequence_length: int) -> None:

@@ -11,17 +11,9 @@ from typing import Any
 
 import orjson
 
-from data_pipeline.byte_streams import (
-    CHUNK_BYTES,
-    check_start,
-    is_cut,
-    keeps_ascii,
-    open_bytes,
-    position_in_file,
-    text_chunks,
-    undecodable,
-    undecodable_text,
-)
+from data_pipeline import byte_streams
+from data_pipeline.byte_streams import CHUNK_BYTES, check_start, is_cut, keeps_ascii, open_bytes, text_chunks
+from data_pipeline.conversations import conversation_fields
 from data_pipeline.documents import MAX_RECORD_BYTES, BadRow, Document, Place, Reading, ReadOptions, Row, SourceFile
 
 DELIMITERS = (",", ";", "\t", "|")
@@ -122,7 +114,7 @@ class _CsvLines:
                     data += stream.readline(MAX_RECORD_BYTES)
                 if len(data) > MAX_RECORD_BYTES + BLOCK_BYTES - 1:
                     raise ValueError(f"{reading.file.path} has a line of more than {MAX_RECORD_BYTES // 2**20} MiB")
-                self.position = position_in_file(stream)
+                self.position = byte_streams.position_in_file(stream)
                 whole = data.endswith(b"\n")  # else the file ends here, maybe inside a character
                 reading.stream_cut = is_cut(stream)
                 decoder = codecs.getincrementaldecoder(options.codec)()
@@ -130,7 +122,7 @@ class _CsvLines:
                     text = decoder.decode(data, whole)
                 except UnicodeError:
                     if not options.skip_bad_rows:
-                        raise undecodable(reading.file, options.encoding) from None
+                        raise byte_streams.undecodable(reading.file, options.encoding) from None
                     yield from self._lines_one_by_one(data)
                 else:
                     reading.half_character_bytes = len(decoder.getstate()[0])
@@ -153,8 +145,9 @@ class _CsvLines:
 # CSV
 
 
-def csv_header(file: SourceFile, options: ReadOptions, wanted: set[str]) -> tuple[str, list[str]]:
-    """The delimiter and the column names of a CSV file: the delimiter that gives ``wanted`` or the most columns."""
+def csv_header(file: SourceFile, options: ReadOptions) -> tuple[str, list[str]]:
+    """The delimiter and the column names of a CSV file: the delimiter that gives wanted or the most columns."""
+    wanted = {options.text_field, *conversation_fields(options)}
     csv.field_size_limit(MAX_RECORD_BYTES)  # the default of 131,072 characters is shorter than many documents
     if options.delimiter:
         delimiters: tuple[str, ...] = (options.delimiter,)
@@ -181,8 +174,9 @@ def _first_row(file: SourceFile, options: ReadOptions, delimiter: str) -> list[s
         return []  # quotes that another delimiter explains
 
 
-def csv_rows(reading: Reading, delimiter: str, names: list[str]) -> Iterator[Row]:
+def csv_rows(reading: Reading) -> Iterator[Row]:
     """Rows behind the header, as dicts."""
+    delimiter, names = csv_header(reading.file, reading.options)
     reading.place = Place(f"{reading.file.path}:")
     lines = _CsvLines(reading)
     reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
@@ -211,17 +205,14 @@ def csv_rows(reading: Reading, delimiter: str, names: list[str]) -> Iterator[Row
         elif lines.at_end() and (reading.stream_cut or len(row) < len(names)):
             reading.cut(lines.begin_of_row(), f"the row at line {line}, which has {len(row)} of {len(names)} fields")
             return
-        elif len(row) != len(names):
-            wrong = f"the row has {len(row)} fields, the header has {len(names)}"
-            yield line, BadRow("wrong number of fields", wrong), lines.position
-        elif lines.undecodable:
-            yield (
-                line,
-                BadRow("not valid in the encoding", f"the row is not {reading.options.encoding}"),
-                lines.position,
-            )
         else:
-            yield line, dict(zip(names, row, strict=True)), lines.position
+            fields: Any = dict(zip(names, row, strict=False))
+            if len(row) != len(names):
+                wrong = f"the row has {len(row)} fields, the header has {len(names)}"
+                fields = BadRow("wrong number of fields", wrong)
+            elif lines.undecodable:
+                fields = BadRow("not valid in the encoding", f"the row is not {reading.options.encoding}")
+            yield line, fields, lines.position
 
 
 # JSON
@@ -252,11 +243,7 @@ def jsonl_rows(reading: Reading) -> Iterator[Row]:
 
 
 def _rows_of_lines(
-    reading: Reading,
-    lines: Iterator[Any],
-    stream: io.BufferedReader | None,
-    position: int,
-    end: int | None = None,
+    reading: Reading, lines: Iterator[Any], stream: io.BufferedReader | None, position: int, end: int | None = None
 ) -> Iterator[Row]:
     """Rows of lines (bytes of ``stream``, or text) up to the first that begins at ``end``."""
     codec = reading.options.codec
@@ -276,7 +263,7 @@ def _rows_of_lines(
                 return
         if type(row) is not dict and type(row) is not BadRow:
             row = BadRow("not an object", f"the line holds a {type(row).__name__}, not an object with fields")
-        yield number, row, position if compressed is None else position_in_file(compressed)
+        yield number, row, position if compressed is None else byte_streams.position_in_file(compressed)
 
 
 def _second_look(reading: Reading, line: bytes | str, number: int, stream: io.BufferedReader | None, begin: int) -> Any:
@@ -291,7 +278,7 @@ def _second_look(reading: Reading, line: bytes | str, number: int, stream: io.Bu
         try:
             text = codecs.getincrementaldecoder(reading.options.codec)().decode(line, not at_end)
         except UnicodeError:
-            wrong = undecodable_text(line[:CHUNK_BYTES], reading.options.encoding)
+            wrong = byte_streams.undecodable_text(line[:CHUNK_BYTES], reading.options.encoding)
             return BadRow("not valid in the encoding", wrong)
     else:
         text, at_end = line, not line.endswith("\n")
@@ -313,10 +300,8 @@ def _is_incomplete(text: str, error: json.JSONDecodeError) -> bool:
     if error.msg == "Extra data":
         return False
     rest = text[error.pos :]
-    return (
-        error.msg.startswith("Unterminated string")
-        or not rest.strip()
-        or re.fullmatch(r"[\\\w.+-]{1,9}", rest) is not None
+    return error.msg.startswith("Unterminated string") or bool(
+        not rest.strip() or re.fullmatch(r"[\\\w.+-]{1,9}", rest)
     )
 
 

@@ -20,7 +20,7 @@ import mmap
 import resource
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +40,11 @@ MOST_OPEN_SHARDS = 2048
 def token_dtype(vocabulary_size: int) -> np.dtype:
     """The smallest stored type that holds every id of the vocabulary."""
     return np.dtype("<u2") if vocabulary_size <= 65_536 else np.dtype("<u4")
+
+
+def sum_bytes(sizes: dict[str, int]) -> int:
+    """The size of ``.sums`` for files of these sizes."""
+    return sum(8 * -(-size // BLOCK_BYTES) for size in sizes.values())
 
 
 class _Blocks:
@@ -182,20 +187,19 @@ class _Shard:
     def beginnings(self, begins: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """(row, column) of each document that begins inside the windows of ``width`` tokens, column 0 left out."""
         documents = self.document_starts
-        bounds = begins[:, None] + np.array((1, width))
+        bounds = begins + np.array([[1], [width]])
         if self._entry["tokens"] >= 1 << 32:  # one document may make a shard so large; none begins beyond
             bounds = np.minimum(bounds, (1 << 32) - 1)
         # the search would convert all documents to the type of the bounds
-        found = documents.searchsorted(bounds.astype(documents.dtype))
-        first = found[:, 0]
-        counts = found[:, 1] - first
+        first, last = documents.searchsorted(bounds.astype(documents.dtype))
+        counts = last - first
         rows = np.arange(len(begins)).repeat(counts)
-        which = np.arange(rows.size) + (first + counts - counts.cumsum())[rows]
+        which = np.arange(rows.size) + (last - counts.cumsum())[rows]
         return rows, documents[which] - begins[rows]
 
     def check_files(self) -> None:
         """Compare names and sizes with the manifest. FileNotFoundError, ValueError."""
-        for suffix, size in self._entry["bytes"].items():
+        for suffix, size in [*self._entry["bytes"].items(), ("sums", sum_bytes(self._entry["bytes"]))]:
             path = self._path(suffix)
             if not path.is_file():
                 raise FileNotFoundError(
@@ -206,9 +210,6 @@ class _Shard:
                     f"{path} has {path.stat().st_size:,} bytes, but the manifest says {size:,}: the file is damaged; "
                     f"{rebuild_hint(self._data_set)}"
                 )
-        sums = self._path("sums")
-        if not sums.is_file():
-            raise FileNotFoundError(f"{sums} is missing: {rebuild_hint(self._data_set)}")
 
     def check_all(self) -> None:
         """Read every byte and compare it with the checksums; the first damaged block raises ValueError."""
@@ -232,8 +233,7 @@ class _Shard:
         sums = self._path("sums").read_bytes()
         sizes: dict[str, int] = self._entry["bytes"]
         counts = {suffix: -(-sizes[suffix] // BLOCK_BYTES) for suffix in SUFFIXES if suffix in sizes}
-        damaged = xxhash.xxh3_64_hexdigest(sums) != self._entry["sums_xxh3_64"]
-        if damaged or len(sums) != 8 * sum(counts.values()):
+        if xxhash.xxh3_64_hexdigest(sums) != self._entry["sums_xxh3_64"]:
             raise ValueError(f"{self._path('sums')} is damaged: {rebuild_hint(self._data_set)}")
         digests = np.split(np.frombuffer(sums, "<u8"), np.cumsum(list(counts.values()))[:-1])
         return {
@@ -272,6 +272,7 @@ class TokenShards:
         self.tokenizer_sha256: str = self.manifest["tokenizer_sha256"]
         self.special_ids: dict[str, int | None] = self.manifest["special_ids"]
         entries = self.manifest["shards"]
+        self.shard_bytes: list[int] = [sum(entry["bytes"].values()) for entry in entries]
         self._shard_starts = list(itertools.accumulate((entry["tokens"] for entry in entries), initial=0))
         self._bounds = np.array(self._shard_starts, dtype=np.int64)
         self._dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
@@ -282,16 +283,14 @@ class TokenShards:
         for index in range(len(self.manifest["shards"])):
             self._shard(index).check_files()
 
-    def check_all(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read everything and compare it with the checksums. Raises for the first damaged file.
+    def check_all(self) -> Iterator[int]:
+        """Read everything and compare it with the checksums; yields the bytes of each shard when it is done.
 
-        ``progress`` is called with (bytes done, bytes in all).
+        Raises for the first damaged file.
         """
-        sizes = [sum(entry["bytes"].values()) for entry in self.manifest["shards"]]
-        for index, done in enumerate(itertools.accumulate(sizes)):
+        for index, size in enumerate(self.shard_bytes):
             self._shard(index).check_all()
-            if progress is not None:
-                progress(done, sum(sizes))
+            yield size
 
     def document_lengths(self) -> np.ndarray:
         """int64 ``[documents]``: tokens of each document, in order; takes memory and time for all of them."""
@@ -321,7 +320,8 @@ class TokenShards:
             (tokens int64 ``[n, width]``, rows, columns): document beginnings besides those at column 0, int64, ordered
             by column within a row; rows in any order.
         """
-        if starts.size and (int(starts.min()) < 0 or int(starts.max()) + width > self.tokens):
+        # as unsigned numbers negative ones are the largest, so that one pass finds both kinds of wrong
+        if starts.size and int(starts.view(np.uint64).max()) + width > self.tokens:
             self._refuse_range(int(starts.min()), int(starts.max()) + width)
         if len(self._shard_starts) == 2:
             shard = self._shard(0)

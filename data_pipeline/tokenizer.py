@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -24,6 +23,8 @@ BYTES = 256
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Of tokenizers' ByteLevel pre-tokenizer (GPT-2's public encoder), used where a tokenizer has no pattern of its own.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # ChatML. The markers {% generation %} tell which tokens the assistant produces: its answer and the token that closes
 # the turn, not the line end behind that. Contents are trimmed, so that an answer never merges with the line end
@@ -66,21 +67,24 @@ CHAT_TEMPLATE = """\
 """
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+# transformers' classes that take tokenizer.json as it is, and those that build the tokenizer anew from its vocabulary
+# and merges: their word pattern, normalizers and default special tokens.
+_GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer")
+_REBUILDING_CLASSES = {
+    "Qwen2Tokenizer": (WORD_PATTERN, ["NFC"], ("unk_token", "eos_token", "pad_token")),
+    "GPT2Tokenizer": (GPT2_PATTERN, [], ("unk_token", "bos_token", "eos_token")),
+}
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) -> None:
     """Train a byte-level BPE tokenizer with the special tokens and the chat template above; deterministic.
+
+    Writes the files into ``folder`` that transformers' ``save_pretrained`` would.
 
     Raises:
         ValueError: a vocabulary too small for bytes and special tokens, or texts in which too few pairs of tokens
@@ -100,6 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         min_frequency=2,
@@ -114,14 +119,19 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
             f"the training text gives a vocabulary of {reached} tokens only, {vocabulary_size} were asked for: "
             f"use more text or a vocabulary of at most {reached}"
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-        additional_special_tokens=[TURN_START, TURN_END],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    config = {
+        "backend": "tokenizers",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TEXT,
+        "extra_special_tokens": [TURN_START, TURN_END],
+        "model_max_length": int(1e30),  # transformers' word for no limit
+        "pad_token": PAD,
+        "tokenizer_class": "TokenizersBackend",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -132,6 +142,8 @@ def load_tokenizer(path: Path) -> Any:
         ValueError: the files there cannot be read as a tokenizer.
     """
     _tokenizer_json(path)
+    from transformers import AutoTokenizer  # takes seconds: it imports torch
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, from KeyError to a bare Exception out of Rust
@@ -141,6 +153,83 @@ def load_tokenizer(path: Path) -> Any:
             f"{path} loads as a tokenizer without tokenizer.json ({type(tokenizer).__name__}), which is not supported"
         )
     return tokenizer
+
+
+class TextTokenizer:
+    """A tokenizer for plain texts: what the functions below ask of one of transformers, under the same names."""
+
+    def __init__(self, backend: Tokenizer, eos_token: str | None, pad_token: str | None) -> None:
+        self.backend_tokenizer = backend
+        backend.encode_special_tokens = True
+        self.added_tokens_decoder = backend.get_added_tokens_decoder()
+        special = {index: token.content for index, token in self.added_tokens_decoder.items() if token.special}
+        self.all_special_ids, self.all_special_tokens = list(special), list(special.values())
+        self.eos_token_id: int | None = None if eos_token is None else backend.token_to_id(eos_token)
+        self.pad_token_id: int | None = None if pad_token is None else backend.token_to_id(pad_token)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token's id, added tokens included."""
+        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
+
+
+def load_text_tokenizer(path: Path) -> Any:
+    """As ``load_tokenizer``, but for plain texts alone and in milliseconds where possible.
+
+    Where transformers is sure to take tokenizer.json as it is, it is not imported. It does not where the class in
+    tokenizer_config.json builds another tokenizer of the vocabulary, or other files add tokens.
+    """
+    try:
+        definition = json.loads(_tokenizer_json(path).read_bytes())
+        config = json.loads((path / "tokenizer_config.json").read_bytes())
+        named = _special_tokens_where_equal(definition, config, {file.name for file in path.iterdir()})
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        named = None  # transformers may know more, or says what is wrong
+    if named is None:
+        return load_tokenizer(path)
+    return TextTokenizer(Tokenizer.from_file(str(path / "tokenizer.json")), named["eos_token"], named["pad_token"])
+
+
+def _special_tokens_where_equal(
+    definition: dict[str, Any], config: dict[str, Any], files: set[str]
+) -> dict[str, str | None] | None:
+    """The special tokens by name, if transformers 5 takes tokenizer.json as it is; else None.
+
+    Follows ``AutoTokenizer.from_pretrained`` and ``TokenizersBackend.__init__``, leaving out what is rare.
+    """
+    name = config["tokenizer_class"].removesuffix("Fast")
+    stored = {token["id"]: {k: v for k, v in token.items() if k != "id"} for token in definition["added_tokens"]}
+    declared = {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+    if {"config.json", "tokenizer.model", "tekken.json"} & files or "auto_map" in config:
+        return None
+    if not declared and {"special_tokens_map.json", "added_tokens.json"} & files:
+        return None
+    if definition["truncation"] or definition["padding"] or config.get("backend", "tokenizers") != "tokenizers":
+        return None
+    defaults: tuple[str, ...] = ()
+    if name in _REBUILDING_CLASSES:
+        pattern, normalizers, defaults = _REBUILDING_CLASSES[name]
+        steps = [step["type"] for step in _steps(definition["normalizer"], "normalizers")]
+        if split_patterns(definition) != [pattern] or steps != normalizers or config.get("add_prefix_space"):
+            return None
+        if definition["model"].get("ignore_merges") or (declared and declared != stored):
+            return None
+    elif name not in _GENERIC_CLASSES or not declared.items() <= stored.items():
+        return None
+    named = {key: _content(value) for key, value in config.items() if key.endswith("_token")}
+    named = {"eos_token": None, "pad_token": None} | dict.fromkeys(defaults, END_OF_TEXT) | named
+    lists = [config.get(key) or [] for key in ("extra_special_tokens", "additional_special_tokens")]
+    more = [_content(value) for values in lists for value in (values.values() if isinstance(values, dict) else values)]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    known = {token["content"] for token in stored.values() if token["special"]}
+    if name in _REBUILDING_CLASSES:  # adds its special tokens once more, as such
+        known &= {token["content"] for token in stored.values() if token == plain | {"content": token["content"]}}
+    return named if {text for text in [*named.values(), *more] if text is not None} <= known else None
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token in tokenizer_config.json; None of a flag such as add_bos_token."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def tokenizer_fingerprint(path: Path) -> str:
@@ -162,7 +251,9 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
 
 
 def plain_text_encoder(tokenizer: Any) -> Tokenizer:
-    """A copy of the backend that reads the text of special tokens as ordinary text, without truncation or padding."""
+    """The backend, or a copy, that reads the text of special tokens as ordinary text, without truncation or padding."""
+    if isinstance(tokenizer, TextTokenizer):
+        return tokenizer.backend_tokenizer
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -227,6 +318,28 @@ def token_byte_lengths(tokenizer: Any) -> np.ndarray | None:
         if int(lengths[encoder.encode(text, add_special_tokens=False).ids].sum()) != len(text.encode()):
             return None
     return lengths
+
+
+def split_patterns(definition: dict[str, Any]) -> list[str]:
+    """The regular expressions that split words in a byte-level BPE tokenizer; ValueError for any other tokenizer."""
+    model, pre_tokenizer = definition["model"], definition["pre_tokenizer"] or {}
+    normalizer = definition["normalizer"] or {}
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise ValueError("it is not a byte-level BPE tokenizer")
+    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ValueError("its BPE has dropout, a prefix or a suffix")
+    if not set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"]):
+        raise ValueError("it is not a byte-level BPE tokenizer: not every byte is in its vocabulary")
+    if any(step["type"] != "NFC" for step in normalizer.get("normalizers", [normalizer] if normalizer else [])):
+        raise ValueError("it changes texts by a normalizer other than NFC")
+    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or last["use_regex"] is not (not splits):
+        raise ValueError("it is not a byte-level BPE tokenizer that leaves spaces as they are")
+    for step in splits:
+        isolates = step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]
+        if not isolates or "Regex" not in step["pattern"]:
+            raise ValueError(f"it splits words in a way that is not supported ({step['type']})")
+    return [step["pattern"]["Regex"] for step in splits] or [GPT2_PATTERN]
 
 
 def _tokenizer_json(path: Path) -> Path:

@@ -19,10 +19,19 @@ import numpy as np
 import orjson
 import xxhash
 
+from data_pipeline.chat import ChatRenderer
+from data_pipeline.engines import open_engine
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import UnitWriter, write_file_atomically
 from data_pipeline.sources import Document, Ledger, read_documents
-from data_pipeline.token_shards import BLOCK_BYTES
+from data_pipeline.token_shards import sum_bytes
+from data_pipeline.tokenizer import (
+    document_frame,
+    load_text_tokenizer,
+    load_tokenizer,
+    token_byte_lengths,
+    vocabulary_size,
+)
 
 RECORDS = ".units"
 TOKENIZER = "tokenizer"
@@ -62,7 +71,7 @@ def unit_is_done(plan: Plan, number: int) -> bool:
         for shard in split["shards"]:
             base = plan.output / name / shard["name"]
             sizes |= {base.with_suffix(f".{suffix}"): size for suffix, size in shard["bytes"].items()}
-            sizes[base.with_suffix(".sums")] = 8 * sum(-(-size // BLOCK_BYTES) for size in shard["bytes"].values())
+            sizes[base.with_suffix(".sums")] = sum_bytes(shard["bytes"])
     return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
 
 
@@ -78,14 +87,11 @@ def no_room(error: OSError, output: Path) -> OSError:
 
 
 class UnitMaker:
-    """Makes units of one plan, one after another; opening takes seconds for the tokenizer."""
+    """Makes units of one plan, one after another; opening loads the tokenizer."""
 
     def __init__(self, plan: Plan) -> None:
-        # transformers takes seconds to import, and who only samples texts needs no tokenizer
-        from data_pipeline.tokenizer import load_tokenizer, vocabulary_size
-
         self._plan = plan
-        tokenizer = load_tokenizer(plan.output / TOKENIZER)
+        tokenizer = (load_tokenizer if plan.kind == "chat" else load_text_tokenizer)(plan.output / TOKENIZER)
         self._header: dict[str, Any] = {
             "vocabulary_size": vocabulary_size(tokenizer),
             "special_ids": {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
@@ -309,9 +315,6 @@ class _TextEncoder:
     """Texts to framed ids in batches; ids that a source brought are taken as they are, with an end token."""
 
     def __init__(self, tokenizer: Any, engine: str) -> None:
-        from data_pipeline.engines import open_engine
-        from data_pipeline.tokenizer import document_frame
-
         self._tokenizer = tokenizer
         self._engine = open_engine(tokenizer, engine)
         self.engine: str = self._engine.name
@@ -321,8 +324,6 @@ class _TextEncoder:
 
     @functools.cached_property
     def _byte_lengths(self) -> np.ndarray | None:
-        from data_pipeline.tokenizer import token_byte_lengths
-
         return token_byte_lengths(self._tokenizer)
 
     def encode(self, batch: list[Document]) -> _Encoded:
@@ -365,8 +366,6 @@ class _ChatEncoder:
     engine = "huggingface"
 
     def __init__(self, tokenizer: Any) -> None:
-        from data_pipeline.chat import ChatRenderer
-
         self._renderer = ChatRenderer(tokenizer)
         self.remarks = self._renderer.remarks
 

@@ -54,12 +54,13 @@ def verify_data(directory: Path, progress: Callable[[int, int], None] | None = N
 
 
 def _verify(splits: list[TokenShards], progress: Callable[[int, int], None] | None) -> dict[str, Any]:
-    sizes = [sum(sum(entry["bytes"].values()) for entry in shards.manifest["shards"]) for shards in splits]
-    for index, shards in enumerate(splits):
-        before = sum(sizes[:index])
-        shards.check_all(
-            None if progress is None else lambda done, _, before=before: progress(before + done, sum(sizes))  # type: ignore[misc]
-        )
+    sizes = [sum(shards.shard_bytes) for shards in splits]
+    done = 0
+    for shards in splits:
+        for size in shards.check_all():
+            done += size
+            if progress is not None:
+                progress(done, sum(sizes))
     return {
         shards.split: {"documents": shards.documents, "tokens": shards.tokens, "bytes": size}
         for shards, size in zip(splits, sizes, strict=True)

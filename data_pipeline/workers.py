@@ -17,13 +17,14 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.plan import Plan
-from data_pipeline.units import UnitMaker, no_room, sample_unit
+from data_pipeline.units import Report, UnitMaker, no_room, sample_unit
 
 DEATHS_IN_A_ROW = 4
 REPORT_SECONDS = 0.2
@@ -45,18 +46,19 @@ def run_units(plan: Plan, numbers: Sequence[int], workers: int, progress: UnitPr
     workers = min(workers, len(numbers))
     if workers > 1:
         return _Pool(plan, numbers, progress, sample).run(workers)
-    maker = None if sample else UnitMaker(plan)
+    make, remarks = _work(plan, sample)
     for number in numbers:
-        _do(plan, maker, number, lambda share, number=number: progress(number, share))  # type: ignore[misc]
+        make(number, partial(progress, number))
         progress(number, 1.0)
-    return "" if maker is None else maker.remarks
+    return remarks
 
 
-def _do(plan: Plan, maker: UnitMaker | None, number: int, report: Callable[[float], None]) -> None:
-    if maker is None:
-        sample_unit(plan, number, report)
-    else:
-        maker.make(number, report)
+def _work(plan: Plan, sample: bool) -> tuple[Callable[[int, Report], None], str]:
+    """What is to be done with a unit, and remarks on it."""
+    if sample:
+        return partial(sample_unit, plan), ""
+    maker = UnitMaker(plan)
+    return maker.make, maker.remarks
 
 
 class _Worker:
@@ -165,18 +167,17 @@ def _raised(kind: str, message: str, trace: str) -> BaseException:
     return kinds[kind](message) if kind in kinds else RuntimeError(f"a worker of prepare failed:\n{trace}")
 
 
-class _Reporter:
+def _reporter(connection: Connection, number: int) -> Report:
     """Sends the progress of a unit, seldom enough for one parent to listen to hundreds of workers."""
+    last = time.monotonic()
 
-    def __init__(self, connection: Connection, number: int) -> None:
-        self._connection = connection
-        self._number = number
-        self._last = time.monotonic()
+    def report(share: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            connection.send(("progress", number, share))
 
-    def __call__(self, share: float) -> None:
-        if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._last = time.monotonic()
-            self._connection.send(("progress", self._number, share))
+    return report
 
 
 def _serve(connection: Connection) -> None:
@@ -193,12 +194,12 @@ def _serve(connection: Connection) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     try:
-        maker = None if sample else UnitMaker(plan)
+        make, remarks = _work(plan, sample)
         connection.send(("ready",))
         while True:
             number = units.get()
-            _do(plan, maker, number, _Reporter(connection, number))
-            connection.send(("done", "" if maker is None else maker.remarks))
+            make(number, _reporter(connection, number))
+            connection.send(("done", remarks))
     except Exception as failure:
         error = no_room(failure, plan.output) if isinstance(failure, OSError) else failure
         kind = next((k.__name__ for k in (ValueError, OSError) if isinstance(error, k)), "")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from data_pipeline.chat import ChatRenderer
 from data_pipeline.shard_writer import UnitWriter, write_manifest
 from data_pipeline.stream import TrainingStream
-from data_pipeline.tokenizer import train_tokenizer, vocabulary_size
+from data_pipeline.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from gpt.batch import micro_batches
 from gpt.loss import cross_entropy_sum, loss_for_backward
 from gpt.model import checkpoint_gradients
@@ -46,7 +46,9 @@ def _conversation(number: int) -> list[dict[str, str]]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Conversation], TrainingStream]:
     """The rendered conversations, and the product's stream of rows over the shards that hold them."""
     texts = [message["content"] for number in range(len(TURNS)) for message in _conversation(number)]
-    tokenizer = train_tokenizer(texts * 2, 270)
+    trained = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(texts * 2, 270, trained)
+    tokenizer = load_tokenizer(trained)
     renderer = ChatRenderer(tokenizer)
     conversations = [renderer.render(_conversation(number)) for number in range(len(TURNS))]
     assert len({len(ids) for ids, _ in conversations}) == len(TURNS)
@@ -54,7 +56,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Conversatio
     vocabulary = vocabulary_size(tokenizer)
     writer = UnitWriter(folder, kind="chat", vocabulary_size=vocabulary)
     for ids, mask in conversations:
-        writer.add_document(ids, mask)
+        writer.add_documents(np.array(ids), np.array([len(ids)]), np.array(mask))
     write_manifest(
         folder,
         kind="chat",

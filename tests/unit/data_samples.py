@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.shard_writer import UnitWriter, write_manifest
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 
 EMBEDDED = Path(__file__).parents[2] / "data_pipeline" / "embedded"
 VOCABULARY = 400
@@ -31,12 +32,18 @@ def macbeth() -> str:
 @functools.cache
 def small_tokenizer() -> Any:
     """Shared between tests: do not change it."""
-    return train_tokenizer([macbeth()], VOCABULARY)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_tokenizer(save_tokenizer(Path(folder)))
 
 
 def save_tokenizer(folder: Path) -> Path:
-    small_tokenizer().save_pretrained(str(folder))
+    train_tokenizer([macbeth()], VOCABULARY, folder)
     return folder
+
+
+def add_document(writer: UnitWriter, ids: Sequence[int], mask: Sequence[bool] | None = None) -> None:
+    tokens = np.asarray(ids)
+    writer.add_documents(tokens, np.array([tokens.size]), None if mask is None else np.asarray(mask, dtype=bool))
 
 
 def write_shards(
@@ -51,7 +58,7 @@ def write_shards(
     kind = "text" if masks is None else "chat"
     writer = UnitWriter(directory, kind=kind, vocabulary_size=vocabulary_size, shard_bytes=shard_bytes)
     for index, document in enumerate(documents):
-        writer.add_document(document, None if masks is None else masks[index])
+        add_document(writer, document, None if masks is None else masks[index])
     write_manifest(
         directory,
         kind=kind,

@@ -12,6 +12,7 @@ from data_pipeline.sources import Document, Ledger, ReadOptions, find_files, pla
 ROOT = Path(__file__).parents[2]
 MEMORY_PROGRAM = """
 import json, sys
+import pyarrow.parquet  # its import is no part of what reading takes
 from data_pipeline.sources import Ledger, ReadOptions, find_files, read_documents
 
 def peak():

@@ -366,3 +366,22 @@ def test_embedded_data_is_what_its_notice_says() -> None:
     for messages in conversations:
         assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
         assert all(message["content"] == message["content"].strip() != "" for message in messages)
+
+
+def test_preparing_texts_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    """Nor what only other sources need; with workers, each of which would pay for it, too."""
+    program = """
+import sys
+from pathlib import Path
+from data_pipeline.prepare import PrepareOptions, prepare
+source, output, tokenizer = sys.argv[1:]
+chosen = {"tokenizer": Path(tokenizer)} if tokenizer else {"train_vocabulary": 300}
+prepare(PrepareOptions([source], Path(output), validation_fraction=0, **chosen))
+import data_pipeline.workers
+print({"torch", "transformers", "pyarrow", "datasets", "awkward"} & set(sys.modules))
+"""
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": macbeth()}])
+    for output, tokenizer in (("trained", ""), ("given", str(save_tokenizer(tmp_path / "tokenizer")))):
+        command = [sys.executable, "-c", program, str(source), str(tmp_path / output), tokenizer]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert (done.stdout.strip(), done.returncode) == ("set()", 0), done.stderr

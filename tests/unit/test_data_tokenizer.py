@@ -1,20 +1,28 @@
 """Tokenizers: training, loading, special text, bytes of tokens."""
 
 import hashlib
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from data_samples import VOCABULARY, macbeth, save_tokenizer, small_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from data_pipeline.engines import difficult_texts
 from data_pipeline.tokenizer import (
     SPECIAL_TOKENS,
+    TURN_END,
+    TextTokenizer,
     copy_tokenizer,
     document_frame,
+    load_text_tokenizer,
     load_tokenizer,
     plain_text_encoder,
+    special_token_texts,
     token_byte_lengths,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -46,15 +54,15 @@ def test_training_gives_the_size_asked_for_and_lossless_text() -> None:
 
 def test_training_is_deterministic(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "a")
-    train_tokenizer(iter([macbeth()]), VOCABULARY).save_pretrained(str(tmp_path / "b"))
+    train_tokenizer(iter([macbeth()]), VOCABULARY, tmp_path / "b")
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
 
 
-def test_vocabularies_that_cannot_be() -> None:
+def test_vocabularies_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vocabulary of 26\d tokens only, 1000 were asked for"):
-        train_tokenizer(["to be or not to be"], 1000)
+        train_tokenizer(["to be or not to be"], 1000, tmp_path)
     with pytest.raises(ValueError, match="vocabulary of 259 is too small"):
-        train_tokenizer([macbeth()], 259)
+        train_tokenizer([macbeth()], 259, tmp_path)
 
 
 def test_saved_tokenizer_loads_equal_and_its_fingerprint_is_its_file(tmp_path: Path) -> None:
@@ -156,3 +164,91 @@ def test_byte_lengths_that_cannot_be_exact() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     assert token_byte_lengths(PreTrainedTokenizerFast(tokenizer_object=words)) is None
+
+
+def _assert_equal_for_texts(folder: Path, light: bool = True) -> None:
+    """What transformers makes of the folder, and what plain texts are prepared with, agree in all that is used."""
+    ours, theirs = load_text_tokenizer(folder), load_tokenizer(folder)
+    assert isinstance(ours, TextTokenizer) == light
+    for read in (document_frame, vocabulary_size, special_token_texts):
+        assert read(ours) == read(theirs)
+    assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert {i: str(t) for i, t in ours.added_tokens_decoder.items()} == {
+        i: str(t) for i, t in theirs.added_tokens_decoder.items()
+    }
+    lengths = [token_byte_lengths(tokenizer) for tokenizer in (ours, theirs)]
+    assert np.array_equal(*lengths) if lengths[0] is not None else lengths[1] is None
+    for text in [*ODD_TEXTS[1:], *(text[:500] for text in difficult_texts(special_token_texts(theirs)[:20]))]:
+        ids = [plain_text_encoder(tokenizer).encode(text, add_special_tokens=False).ids for tokenizer in (ours, theirs)]
+        assert ids[0] == ids[1], text[:80]
+
+
+def _edit(folder: Path, config: dict[str, Any], definition: dict[str, Any] | None = None) -> Path:
+    for name, changes in (("tokenizer_config.json", config), ("tokenizer.json", definition or {})):
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value != "absent"}))
+    return folder
+
+
+BOS = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 2)])
+FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+FOUR = {str(index): {"content": text} | FLAGS for index, text in enumerate(SPECIAL_TOKENS)}
+NEW = {str(VOCABULARY): {"content": "<|new|>"} | FLAGS}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "add_bos_token": True},
+        {"added_tokens_decoder": FOUR, "extra_special_tokens": {"image_token": "<|im_end|>"}, "pad_token": None},
+        {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>"} | FLAGS, "pad_token": "absent"},
+    ],
+)
+def test_texts_need_no_transformers_where_it_takes_tokenizer_json_as_it_is(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    _assert_equal_for_texts(_edit(save_tokenizer(tmp_path / "plain"), config))
+    with_bos = Tokenizer.from_file(str(tmp_path / "plain" / "tokenizer.json"))
+    with_bos.post_processor = BOS
+    with_bos.add_tokens(["of the"])
+    with_bos.save(str(tmp_path / "plain" / "tokenizer.json"))
+    _assert_equal_for_texts(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("config", "definition"),
+    [
+        ({"eos_token": "<|new|>"}, {}),  # is added to the vocabulary
+        ({"extra_special_tokens": ["<|new|>"]}, {}),
+        ({"image_token": "<|new|>"}, {}),
+        ({"added_tokens_decoder": FOUR | NEW}, {}),
+        ({"tokenizer_class": "absent"}, {}),
+        ({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": FOUR | NEW}, {}),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, {}),  # normalises to NFC
+        ({"tokenizer_class": "GPT2Tokenizer"}, {}),  # splits words in another way
+        ({}, {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}}),
+    ],
+)
+def test_transformers_loads_what_it_would_change(
+    tmp_path: Path, config: dict[str, Any], definition: dict[str, Any]
+) -> None:
+    _assert_equal_for_texts(_edit(save_tokenizer(tmp_path), config, definition), light=False)
+
+
+@pytest.mark.parametrize("kind", [Qwen2Tokenizer, GPT2Tokenizer])
+def test_classes_that_build_the_tokenizer_anew(tmp_path: Path, kind: Any) -> None:
+    model = json.loads(small_tokenizer().backend_tokenizer.to_str())["model"]
+    vocabulary = {text: index - len(SPECIAL_TOKENS) for text, index in model["vocab"].items()}
+    vocabulary = {text: index for text, index in vocabulary.items() if index >= 0}
+    made = kind(vocab=vocabulary, merges=[tuple(merge) for merge in model["merges"]], extra_special_tokens=[TURN_END])
+    made.save_pretrained(str(tmp_path))
+    _assert_equal_for_texts(tmp_path)
+    _assert_equal_for_texts(_edit(tmp_path, {"added_tokens_decoder": {}, "add_prefix_space": True}), light=False)
+
+
+@pytest.mark.skipif("TRAINYARD_TOKENIZERS" not in os.environ, reason="see tests/real_tokenizers.sh")
+@pytest.mark.parametrize("model", ["llama3", "qwen3"])
+def test_real_tokenizers_need_no_transformers_for_texts(model: str) -> None:
+    _assert_equal_for_texts(Path(os.environ["TRAINYARD_TOKENIZERS"]) / model)

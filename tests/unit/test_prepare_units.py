@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from data_samples import EMBEDDED, VOCABULARY, macbeth, save_tokenizer, small_tokenizer, write_jsonl
+from data_samples import EMBEDDED, VOCABULARY, add_document, macbeth, save_tokenizer, small_tokenizer, write_jsonl
 
 from data_pipeline import merge, units
 from data_pipeline.plan import PrepareOptions, file_digest, make_plan
@@ -362,7 +362,7 @@ def _largest_file(size: int) -> Iterator[None]:
 
 def test_writers_leave_no_temporary_file_where_even_the_buffer_does_not_fit(tmp_path: Path) -> None:
     writer = UnitWriter(tmp_path, kind="text", vocabulary_size=1000)
-    writer.add_document(list(range(500)))
+    add_document(writer, list(range(500)))
     with _largest_file(100):
         with pytest.raises(OSError, match="File too large"):
             writer.finish()

@@ -17,8 +17,7 @@ import zstandard
 from data_samples import CONVERSATION, write_jsonl
 from source_samples import read, values
 
-from data_pipeline import hub
-from data_pipeline.arrow_tables import rows_of_dataset
+from data_pipeline.arrow_tables import hub_column_names, rows_of_dataset
 from data_pipeline.documents import Reading
 from data_pipeline.sources import (
     Ledger,
@@ -177,7 +176,7 @@ def test_rows_of_a_streaming_dataset_are_those_of_one_on_disk(tmp_path: Path) ->
     file = SourceFile(Path("hf:/owner/name"), "hf://owner/name/:train@abc", "hub", 0)
     reading = Reading(file, ReadOptions())
     reading.fields = ("messages",)
-    assert hub.column_names(streaming) == ["messages", "id"]
+    assert hub_column_names(streaming) == ["messages", "id"]
     found = list(rows_of_dataset(reading, streaming, ["messages", "id"], batch_rows=2))
     assert [(number, row) for number, row, _ in found] == [(n, {"messages": CONVERSATION}) for n in range(1, 6)]
     assert reading.place.name(3) == "hf://owner/name/:train@abc, row 3"
