@@ -119,7 +119,7 @@ class Trainer:
         When a rank was asked to stop, all ranks save what they have and leave before the next step.
 
         Raises:
-            ValueError: the loss is not finite, or the last checkpoint cannot be written.
+            ValueError: the loss is not finite, too many saves in a row failed, or the last one cannot be written.
         """
         try:
             for step in range(self.first_step, self.schedule.total_steps + 1):
