@@ -144,8 +144,7 @@ class Trainer:
         When a rank was asked to stop, all ranks save what they have and leave before the next step.
 
         Raises:
-            ValueError: the run has diverged and cannot go back, too many saves in a row failed, or the last one cannot be
-                written.
+            ValueError: the run has diverged and cannot go back, too many saves in a row failed, or the last one did.
         """
         self._restore_watch()
         step = self.first_step - 1
