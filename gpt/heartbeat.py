@@ -131,6 +131,14 @@ def read_beats(run: Path, generation: int) -> dict[int, Beat]:
     return {beat.rank: beat for beat in beats if beat is not None}
 
 
+def last_seen(run: Path, generation: int) -> float | None:
+    """When a start before `generation` last gave a sign of life, in seconds since the epoch: by its heartbeats, its
+    metrics or its events. None where there is none."""
+    beats = [beat.time for beat in read_beats(run, generation - 1).values()]
+    files = [run / "metrics.jsonl", run / "events.jsonl"]
+    return max(beats + [file.stat().st_mtime for file in files if file.exists()], default=None)
+
+
 def answer_with_stacks(file: Path) -> None:
     """Write the stacks of all threads to `file` at each STACKS_SIGNAL, also while Python waits in native code.
 

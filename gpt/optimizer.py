@@ -97,7 +97,8 @@ def build_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.
 
 def state_names(settings: Optimizer) -> list[str]:
     """The states of a parameter's size that the optimizer keeps from its first update on, by torch's names."""
-    sample = torch.nn.Linear(2, 1, bias=False)
+    with torch.random.fork_rng(devices=[]):  # the state of training's is that of the checkpoint
+        sample = torch.nn.Linear(2, 1, bias=False)
     sample.weight.grad = torch.zeros_like(sample.weight)
     optimizer = build_optimizer(sample, settings)
     optimizer.step()

@@ -69,12 +69,11 @@ def _live_norms(
     manifest: Manifest, state: ShardedState, ranks: Ranks, *, weights_only: bool
 ) -> dict[tuple[str, str], float]:
     """L2 norm of each (state, parameter) over all ranks, from what the engine holds now."""
-    tensors = [
-        (kind, entry.name)
-        for entry in manifest.parameters
-        for kind in ([entry.weights] if weights_only else manifest.states_of(entry))
-        if not weights_only or kind in state.states_of(entry.name)
-    ]
+    tensors = []
+    for entry in manifest.parameters:
+        kinds = [entry.weights] if weights_only else manifest.states_of(entry)
+        # a parameter that this run alone freezes, or trains, is kept in another precision: the probe shows it
+        tensors += [(kind, entry.name) for kind in kinds if not weights_only or kind in state.states_of(entry.name)]
     squares = [sum_of_squares(state.read(name, kind)) for kind, name in tensors]
     norms = distributed.gather_floats(squares, ranks).sum(axis=0) ** 0.5
     return dict(zip(tensors, norms.tolist(), strict=True))

@@ -30,6 +30,9 @@ def resume(
     recipe, started = plan.recipe, time.perf_counter()
     newest = load_newest(plan, engine, state, ranks)
     if newest is None:
+        if owner is not None and owner.events("continue"):
+            owner.write_event("resume", step=0, **work_lost(owner, 0))
+            print("no checkpoint was committed yet: the run begins again", flush=True)
         if recipe.model.pretrained is None or not is_run_directory(recipe.model.pretrained):
             return None
         source = Path(recipe.model.pretrained)
@@ -43,17 +46,31 @@ def resume(
         return None
     (manifest, line), seconds = newest, time.perf_counter() - started
     if owner is not None:
-        lost = steps_after(owner.path / "metrics.jsonl", manifest.step)
         owner.write_event(
             "resume",
             step=manifest.step,
-            steps_lost=lost,
+            **work_lost(owner, manifest.step),
             from_world_size=manifest.world_size,
             load_seconds=seconds,
             proof=line,
         )
         print(f"resumed at step {manifest.step}, written by {manifest.world_size} ranks. {line}", flush=True)
     return manifest
+
+
+def work_lost(owner: RunDirectory, step: int) -> dict[str, float]:
+    """What a resume at `step` has to do again: the steps that metrics.jsonl holds beyond it, and the seconds that the
+    last start spent on them, from the save of `step`, or from its own beginning, to its last sign of life."""
+    metrics = owner.path / "metrics.jsonl"
+    events = owner.events("start", "resume", "continue", "checkpoint begun")
+    begun = max(i for i, event in enumerate(events) if event["event"] in ("start", "resume"))
+    # a start that died between its resume and its first step has already said what was lost
+    new = metrics.exists() and metrics.stat().st_mtime > events[begun]["time"]
+    steps = steps_after(metrics, step) if new else 0
+    ended = next((e["last_seen"] for e in events[begun:] if e["event"] == "continue"), None)
+    saved = [e["time"] for e in events[begun:] if e["event"] == "checkpoint begun" and e["step"] == step]
+    lost = ended - max([events[begun]["time"], *saved]) if steps and ended else 0.0
+    return {"steps_lost": steps, "seconds_lost": max(0.0, lost)}
 
 
 def load_newest(plan: "RunPlan", engine: Any, state: ShardedState, ranks: Ranks) -> tuple[Manifest, str] | None:

@@ -172,14 +172,14 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        """Events of one kind over all starts, oldest first; a line that a full disk cut short is none."""
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """Events of these kinds over all starts, oldest first; a line that a full disk cut short is none."""
         file = self.path / "events.jsonl"
         found = []
         for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
-        return [event for event in found if event["event"] == kind]
+        return [event for event in found if event["event"] in kinds]
 
     def write_file(self, name: str, content: str) -> None:
         """Replace a small file of the directory atomically."""

@@ -333,6 +333,7 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
 def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
     """Everything that is known before step 1, into the run directory and onto the console; leftovers go."""
     from gpt.checkpoint.write import remove_leftovers
+    from gpt.heartbeat import last_seen
     from gpt.run_directory import describe_environment
 
     remove_leftovers(owner.path)
@@ -347,8 +348,11 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(recipe.tokenizer, partial)
         partial.rename(owner.path / "tokenizer")
-    kind = "start" if first else "continue"
-    owner.write_event(kind, host=environment["host"], world_size=world_size, pid=os.getpid())
+    what = {"host": environment["host"], "world_size": world_size, "pid": os.getpid()}
+    if first:
+        owner.write_event("start", **what)
+    else:
+        owner.write_event("continue", **what, last_seen=last_seen(owner.path, owner.generation))
     for change in plan.changes:
         owner.write_event("recipe changed", change=change)
     print("\n".join(plan.describe()), flush=True)

@@ -320,7 +320,7 @@ class Trainer:
         samples = self.batches.positions.of_steps(*steps)
         self.batches.leave_out(samples)
         self.rollbacks += 1
-        self._loaded_step = saved
+        self._loaded_step = self.saver.committed_step = saved
         if self.owner is not None and self.metrics is not None:
             # the samples first: a kill between the two must not bring them back
             self.owner.write_event("samples skipped", first=samples[0], end=samples[1], steps=steps)

@@ -59,7 +59,7 @@ def needed_bytes(folder: Path, processes: int, rank: int) -> int:
         for entry, (start, count) in zip(manifest.parameters, ranges, strict=True):
             size = -(-entry.elements // processes)
             first, end = max(start, rank * size), min(start + count, (rank + 1) * size)
-            for state in manifest.optimizer.states if first < end else ():
+            for state in manifest.states_of(entry) if first < end else ():
                 offset = begin + header[f"{state}/{entry.name}"]["data_offsets"][0]
                 parts.append((offset + 4 * (first - start), offset + 4 * (end - start)))
         if file == rank_file_name(rank) and processes == manifest.world_size:

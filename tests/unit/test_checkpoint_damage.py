@@ -28,7 +28,7 @@ def load(reader: CheckpointReader, processes: int, rank: int) -> tuple[int, int]
         start = min(entry.elements, rank * size)
         count = min(size, entry.elements - start)
         elements += count
-        for state in reader.manifest.optimizer.states:
+        for state in reader.manifest.states_of(entry):
             assert len(reader.read_range(state, entry.name, start, count)) == count
             for ranges in reader.manifest.fragments.values():
                 first, stop = max(start, ranges[index][0]), min(start + count, sum(ranges[index]))
