@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def main(recipe_file: Path, out: Path, block_bytes: int, names: list[str]) -> No
     if ranks.is_first:
         out.write_text(json.dumps(outcomes), encoding="utf-8")
     distributed.stop()
+    os._exit(0)  # native threads that outlive the interpreter now and then abort
 
 
 if __name__ == "__main__":
