@@ -40,6 +40,7 @@ def events(live: Live, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == f"checkpoint {kind}"]
 
 
+@pytest.mark.full
 def test_a_kill_in_the_middle_of_a_save(reference: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a slow disk: steps go on while a checkpoint is written, and the one before it is used after the kill."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK, encoding="utf-8")

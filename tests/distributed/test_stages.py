@@ -93,7 +93,8 @@ def calm(runs: Runs) -> Runs:
     return runs
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("number", [1, 2])
 def test_killed_at_stages_1_and_2_equals_uninterrupted_run(calm: Runs, number: int) -> None:
     name, changes = f"stage-{number}", {"deepspeed": stage(number), "optimizer": CALM, "checkpoint": {"every_steps": 5}}
     calm.train(name, **changes)

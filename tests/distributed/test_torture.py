@@ -101,18 +101,18 @@ class Torturer:
         return sum(event["event"] == kind for event in self.runs.events("tortured"))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.full)])
 def test_tortured_run_equals_the_one_left_alone(runs: Runs, small_disk: Path, kills: int) -> None:
     settings: dict[str, Any] = {
         "train": {
             "global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 40 + STEPS_A_KILL * kills, "seed": 3
         },
         "checkpoint": {"every_steps": 4, "keep_last": 2},
-        "evaluate": {"every_steps": 10, "batches": 1, "sample_tokens": 4},
+        "evaluate": {"every_steps": 20, "batches": 1, "sample_tokens": 4},
     }  # fmt: skip
     runs.train(f"left-alone-{kills}", **settings)
     torturer = Torturer(runs, settings, seed=kills)
-    modes = ["saving", "rank"] if kills == 2 else [torturer.random.choice(MODES) for _ in range(kills)]
+    modes = ["saving"] if kills == 1 else [torturer.random.choice(MODES) for _ in range(kills)]
     for mode in modes:
         torturer.torture(mode)
     runs.train("tortured", **settings)
