@@ -147,7 +147,7 @@ class RunDirectory:
             temporary.unlink()
         self.generation = newest + 1
         for old in (self.path / "heartbeats").glob("generation_*"):
-            if old != heartbeat_file(self.path, newest, 0).parent:  # the last start's say how it ended
+            if old.name < heartbeat_file(self.path, newest, 0).parent.name:  # the last start's say how it ended
                 shutil.rmtree(old, ignore_errors=True)
         if may_live:
             self._fence()

@@ -290,8 +290,8 @@ class Saver:
         thread.join()
         with contextlib.suppress(OSError):  # another rank's thread may still write into the folder
             (self._folder(save) / rank_file_name(self._ranks.rank)).unlink(missing_ok=True)
-            if self._owner is not None:
-                remove_leftovers(self._run, self._generation)
+            if self._owner is not None:  # of this save only: other ranks may have begun the next
+                shutil.rmtree(self._folder(save))
 
     def _has_room(self) -> bool:
         """Whether the file system takes a whole checkpoint and still some metrics: better to do without one than to
@@ -326,6 +326,7 @@ class Saver:
                 self._write_event("checkpoint begun", step=save.step)
             if not save.has_room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            RunDirectory(self._run, self._generation).check_ownership()  # other ranks write here, too
             write_rank(folder, rank, save.number, copies | save.small, self._ranges, save.cancelled.is_set)
             if self._owner is not None:
                 self._commit(save, folder, self._owner)
@@ -357,9 +358,10 @@ class Saver:
         seconds = time.perf_counter() - save.began
         self._write_event("checkpoint committed", step=save.step, bytes=size, seconds=seconds)
         try:
-            for deed, step in apply_retention(self._run, self._settings, save.step, self._generation):
-                self._write_event(deed, step=step)
             remove_leftovers(self._run, self._generation)
+            done = apply_retention(self._run, self._settings, save.step, self._generation, owner.check_ownership)
+            for deed, step in done:
+                self._write_event(deed, step=step)
         except OSError as error:  # the checkpoint is there all the same; the next one's commit tries again
             say(f"warning: old checkpoints of {self._run} could not be deleted: {error}")
 

@@ -336,10 +336,11 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
     from gpt.heartbeat import last_seen
     from gpt.run_directory import describe_environment
 
+    owner.check_ownership()  # the plan may have taken long, and a later start may be saving
     remove_leftovers(owner.path)
     recipe = plan.recipe
     environment = describe_environment(world_size)
-    first = not (owner.path / "recipe.yaml").exists()
+    first = not owner.events("start")  # not by a file: a kill may have come between it and the event
     owner.write_file("recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     owner.write_file("ds_config.json", json.dumps(plan.deepspeed, indent=2))
     owner.write_file("environment.json", json.dumps(environment, indent=2))
