@@ -276,10 +276,10 @@ class Saver:
             self.hear(distributed.gather_floats([self.state()], self._ranks)[:, 0])
 
     def leave(self) -> None:
-        """Before an error ends the run: let the save under way come to its end on this rank, if it can."""
-        if self.needs_probe:
-            assert self._save is not None
-            self._save.cancel()
+        """Before an error ends the run: let the save under way come to its end on this rank, if need be without its
+        probe."""
+        if self._save is not None:
+            self._save.probe_ready.set()
         self._join()
 
     def _folder(self, save: _Save) -> Path:

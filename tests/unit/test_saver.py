@@ -334,6 +334,14 @@ def test_a_checkpoint_of_the_same_step_is_replaced(group: Group) -> None:
     assert group.leftovers() == []
 
 
+def test_an_error_that_ends_the_run_lets_the_save_under_way_end(group: Group) -> None:
+    group.begin(2)
+    for saver in reversed(group.savers):  # before the forward that would have given the probe
+        saver.leave()
+    assert list_checkpoints(group.run) == [2]
+    assert CheckpointReader(checkpoint_directory(group.run, 2)).manifest.probe is None
+
+
 def test_a_save_that_is_under_way_is_awaited_by_the_next(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     go, write = threading.Event(), writing.write_safetensors
     monkeypatch.setattr(writing, "write_safetensors", lambda path, tensors: go.wait() and write(path, tensors))
