@@ -10,17 +10,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt.checkpoint.format import Greedy
-from gpt.run_directory import RunDirectory
+from gpt.run_directory import RunDirectory, json_lines
 
 GIB = 2**30
 Record = dict[str, float | str | None]
@@ -59,6 +57,7 @@ class MetricsWriter:
     def _open(self, resumed_step: int) -> None:
         run = self._run
         path = run.path / "metrics.jsonl"
+        run.check_ownership()
         _drop_lines_after(path, resumed_step)
         self._file = path.open("ab", buffering=0)
         self._pending = b""
@@ -113,10 +112,16 @@ class MetricsWriter:
             raise
 
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """A text for TensorBoard, shown as it is."""
+        """A text for TensorBoard, shown as it is. One that a full disk does not take is lost, with a warning."""
         self._run.check_ownership()
-        if self._board is not None:
-            self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+        with self._writing:
+            try:
+                if self._board is None:
+                    raise OSError("TensorBoard's file takes nothing at the moment")
+                self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+            except OSError as error:  # its thread has died of it
+                self._board = None
+                say(f"warning: the text {tag} of step {step} is not written: {error}")
 
     def sync(self) -> None:
         """Bring everything to disk: what a checkpoint commits must not be ahead of its metrics. Any thread may call it.
@@ -131,7 +136,7 @@ class MetricsWriter:
             if self._board is None:
                 self._write_pending()
                 self._board = self._open_board(self._synced_step + 1)
-                for record in _records(self._run.path / "metrics.jsonl"):
+                for record in json_lines(self._run.path / "metrics.jsonl"):
                     if record["step"] > self._synced_step:
                         self._add_scalars(record.pop("step"), record)
             try:
@@ -170,19 +175,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def steps_after(path: Path, step: int) -> int:
-    """Steps that metrics.jsonl holds beyond `step`: the work that a resume there does again."""
-    if not path.exists():
-        return 0
-    return sum(1 for record in _records(path) if record["step"] > step)
-
-
 def recent_losses(path: Path, count: int) -> tuple[list[tuple[int, float]], int]:
     """The last `count` (step, loss) of metrics.jsonl with a finite loss, and how many steps in a row up to the newest
     were skipped."""
     losses: deque[tuple[int, float]] = deque(maxlen=count)
     in_a_row = skipped = 0
-    for record in _records(path) if path.exists() else ():
+    for record in json_lines(path):
         in_a_row = in_a_row + 1 if record["train/skipped_steps"] > skipped else 0
         skipped = record["train/skipped_steps"]
         if record["train/loss"] is not None:
@@ -190,18 +188,9 @@ def recent_losses(path: Path, count: int) -> tuple[list[tuple[int, float]], int]
     return list(losses), in_a_row
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; one that a kill cut short is left out, since its step is done again."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
-
-
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`; what a later start rewrites, or a kill cut short, goes."""
-    if not path.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step]
+    kept = [json.dumps(record) + "\n" for record in json_lines(path) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)

@@ -228,6 +228,7 @@ def test_what_a_full_disk_did_not_take_is_written_later_once(
 
     writer._file = Disk(writer._file)
     board = writer._board
+    assert board is not None
     for step in range(1, 7):
         full[0] = {3: True, 4: "quite", 5: "quite"}.get(step, False)
         if step == 2:  # its own thread died of the disk
@@ -237,9 +238,13 @@ def test_what_a_full_disk_did_not_take_is_written_later_once(
         if step == 4:
             with pytest.raises(OSError):
                 writer.sync()
+        if step in (2, 3):
+            writer.write_text("evaluate/sample", "text", step)
         writer.write(step, {"train/loss": float(step)})
     writer.close()
-    assert "warning: the metrics of step 3 wait" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "warning: the metrics of step 3 wait" in out
+    assert "warning: the text evaluate/sample of step 2 is not written: full" in out
     assert [record["step"] for record in lines(run)] == [1, 2, 3, 4, 5, 6]
     shown = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
     assert [(scalar.step, scalar.value) for scalar in shown] == [(step, float(step)) for step in range(1, 7)]
