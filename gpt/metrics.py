@@ -82,19 +82,23 @@ class MetricsWriter:
 
         What a full disk does not take now waits: for the next step's line, TensorBoard's for the next `sync`.
         """
-        self._run.check_ownership()
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self._check_ownership()
         with self._writing:
             self._step = step
             self._pending += (json.dumps({"step": step, **clean}) + "\n").encode()
             try:
+                self._add_scalars(step, clean)  # first, as lines wait where the disk takes none
                 self._write_pending()
-                self._add_scalars(step, clean)
             except OSError as error:
                 say(f"warning: the metrics of step {step} wait to be written: {error}")
         self._recent.append(time.monotonic())
         if step % self._console_every_steps == 0 or step in (1, self._total_steps) or "evaluate/loss" in record:
             say(self._console_line(step, record))
+
+    def _check_ownership(self) -> None:
+        with contextlib.suppress(OSError):  # where the file system has gone, writing says so
+            self._run.check_ownership()
 
     def _write_pending(self) -> None:
         while self._pending:
@@ -113,7 +117,7 @@ class MetricsWriter:
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """A text for TensorBoard, shown as it is. One that a full disk does not take is lost, with a warning."""
-        self._run.check_ownership()
+        self._check_ownership()
         with self._writing:
             try:
                 if self._board is None:
@@ -234,8 +238,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def host_metrics(run: Path) -> Record:
-    """Memory in use on this host and free disk at the run directory."""
-    return {
-        "memory/host_gib": psutil.virtual_memory().used / GIB,
-        "disk/free_gib": shutil.disk_usage(run).free / GIB,
-    }
+    """Memory in use on this host and free disk at the run directory; None where its file system has gone."""
+    free = None
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(run).free / GIB
+    return {"memory/host_gib": psutil.virtual_memory().used / GIB, "disk/free_gib": free}
