@@ -181,6 +181,14 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
+    def note_event(self, kind: str, **details: Any) -> None:
+        """`write_event`; a disk that cannot take it does not end the run."""
+        try:
+            self.write_event(kind, **details)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the disk may hold the console's log, too
+                print(f"warning: the event {kind!r} {details} could not be written: {error}", flush=True)
+
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         """Events of these kinds over all starts, oldest first."""
         return [event for event in json_lines(self.path / "events.jsonl") if event["event"] in kinds]

@@ -255,7 +255,7 @@ class Saver:
         errors = [_failure_text(failure) for failure in failures]
         message = f"the checkpoint of step {save.step} could not be written: {'; '.join(errors)}"
         if self._owner is not None:
-            self._write_event("checkpoint failed", step=save.step, errors=errors)
+            self._owner.note_event("checkpoint failed", step=save.step, errors=errors)
             say(f"warning: {message}. The earlier ones are untouched")
         if self._failed_in_a_row >= self._settings.max_failed_saves:
             raise ValueError(
@@ -323,7 +323,7 @@ class Saver:
             with contextlib.suppress(OSError):  # on a CPU the writing must not slow the steps down
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
             if self._owner is not None:
-                self._write_event("checkpoint begun", step=save.step)
+                self._owner.note_event("checkpoint begun", step=save.step)
             if not save.has_room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
             RunDirectory(self._run, self._generation).check_ownership()  # other ranks write here, too
@@ -356,19 +356,11 @@ class Saver:
         size = commit(self._run, folder, save.fields | {"probe": save.probe}, sidecars, owner.check_ownership)
         self.size_bytes, self.committed_at = size, time.monotonic()
         seconds = time.perf_counter() - save.began
-        self._write_event("checkpoint committed", step=save.step, bytes=size, seconds=seconds)
+        owner.note_event("checkpoint committed", step=save.step, bytes=size, seconds=seconds)
         try:
             remove_leftovers(self._run, self._generation)
             done = apply_retention(self._run, self._settings, save.step, self._generation, owner.check_ownership)
             for deed, step in done:
-                self._write_event(deed, step=step)
+                owner.note_event(deed, step=step)
         except OSError as error:  # the checkpoint is there all the same; the next one's commit tries again
             say(f"warning: old checkpoints of {self._run} could not be deleted: {error}")
-
-    def _write_event(self, kind: str, **details: Any) -> None:
-        """An event; a disk that cannot take it must not end the run."""
-        assert self._owner is not None
-        try:
-            self._owner.write_event(kind, **details)
-        except OSError as error:
-            say(f"warning: the event {kind!r} {details} could not be written: {error}")
