@@ -19,8 +19,8 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, fsync_directory, hash_file, write_safetensors
-from gpt.checkpoint.format import FileEntry, Manifest, Precision
+from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, hash_file, write_safetensors
+from gpt.checkpoint.format import FileEntry, Manifest, Precision, fsync_directory
 from gpt.checkpoint.read import (
     NORM_TOLERANCE,
     TORCH_DTYPES,

@@ -10,17 +10,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt.checkpoint.format import Greedy
-from gpt.run_directory import RunDirectory
+from gpt.run_directory import RunDirectory, json_lines
 
 GIB = 2**30
 Record = dict[str, float | str | None]
@@ -59,6 +57,7 @@ class MetricsWriter:
     def _open(self, resumed_step: int) -> None:
         run = self._run
         path = run.path / "metrics.jsonl"
+        run.check_ownership()
         _drop_lines_after(path, resumed_step)
         self._file = path.open("ab", buffering=0)
         self._pending = b""
@@ -83,19 +82,23 @@ class MetricsWriter:
 
         What a full disk does not take now waits: for the next step's line, TensorBoard's for the next `sync`.
         """
-        self._run.check_ownership()
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self._check_ownership()
         with self._writing:
             self._step = step
             self._pending += (json.dumps({"step": step, **clean}) + "\n").encode()
             try:
+                self._add_scalars(step, clean)  # first, as lines wait where the disk takes none
                 self._write_pending()
-                self._add_scalars(step, clean)
             except OSError as error:
                 say(f"warning: the metrics of step {step} wait to be written: {error}")
         self._recent.append(time.monotonic())
         if step % self._console_every_steps == 0 or step in (1, self._total_steps) or "evaluate/loss" in record:
             say(self._console_line(step, record))
+
+    def _check_ownership(self) -> None:
+        with contextlib.suppress(OSError):  # where the file system has gone, writing says so
+            self._run.check_ownership()
 
     def _write_pending(self) -> None:
         while self._pending:
@@ -113,10 +116,16 @@ class MetricsWriter:
             raise
 
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """A text for TensorBoard, shown as it is."""
-        self._run.check_ownership()
-        if self._board is not None:
-            self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+        """A text for TensorBoard, shown as it is. One that a full disk does not take is lost, with a warning."""
+        self._check_ownership()
+        with self._writing:
+            try:
+                if self._board is None:
+                    raise OSError("TensorBoard's file takes nothing at the moment")
+                self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+            except OSError as error:  # its thread has died of it
+                self._board = None
+                say(f"warning: the text {tag} of step {step} is not written: {error}")
 
     def sync(self) -> None:
         """Bring everything to disk: what a checkpoint commits must not be ahead of its metrics. Any thread may call it.
@@ -131,7 +140,7 @@ class MetricsWriter:
             if self._board is None:
                 self._write_pending()
                 self._board = self._open_board(self._synced_step + 1)
-                for record in _records(self._run.path / "metrics.jsonl"):
+                for record in json_lines(self._run.path / "metrics.jsonl"):
                     if record["step"] > self._synced_step:
                         self._add_scalars(record.pop("step"), record)
             try:
@@ -170,19 +179,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def steps_after(path: Path, step: int) -> int:
-    """Steps that metrics.jsonl holds beyond `step`: the work that a resume there does again."""
-    if not path.exists():
-        return 0
-    return sum(1 for record in _records(path) if record["step"] > step)
-
-
 def recent_losses(path: Path, count: int) -> tuple[list[tuple[int, float]], int]:
     """The last `count` (step, loss) of metrics.jsonl with a finite loss, and how many steps in a row up to the newest
     were skipped."""
     losses: deque[tuple[int, float]] = deque(maxlen=count)
     in_a_row = skipped = 0
-    for record in _records(path) if path.exists() else ():
+    for record in json_lines(path):
         in_a_row = in_a_row + 1 if record["train/skipped_steps"] > skipped else 0
         skipped = record["train/skipped_steps"]
         if record["train/loss"] is not None:
@@ -190,18 +192,9 @@ def recent_losses(path: Path, count: int) -> tuple[list[tuple[int, float]], int]
     return list(losses), in_a_row
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; one that a kill cut short is left out, since its step is done again."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
-
-
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`; what a later start rewrites, or a kill cut short, goes."""
-    if not path.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step]
+    kept = [json.dumps(record) + "\n" for record in json_lines(path) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
@@ -245,8 +238,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def host_metrics(run: Path) -> Record:
-    """Memory in use on this host and free disk at the run directory."""
-    return {
-        "memory/host_gib": psutil.virtual_memory().used / GIB,
-        "disk/free_gib": shutil.disk_usage(run).free / GIB,
-    }
+    """Memory in use on this host and free disk at the run directory; None where its file system has gone."""
+    free = None
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(run).free / GIB
+    return {"memory/host_gib": psutil.virtual_memory().used / GIB, "disk/free_gib": free}

@@ -145,7 +145,7 @@ def compare_position(manifest: Manifest, recipe: Recipe, stream: Any) -> Finding
 
 def _compare_probe(manifest: Manifest, engine: Any, ranks: Ranks, precision: str) -> Findings:
     if manifest.probe is None:
-        return ["no logits were recorded, as they were not finite"], []
+        return ["no logits were recorded, as they were not finite or an error ended the run before"], []
     if manifest.precision != precision:
         return [f"logits not compared, recorded in {manifest.precision}"], []
 

@@ -10,10 +10,9 @@ from gpt.checkpoint.format import DamagedFileError, Manifest, list_step_folders
 from gpt.checkpoint.load import load_into_engine, restore_random_state
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
 from gpt.distributed import Ranks, ShardedState
-from gpt.metrics import steps_after
 from gpt.model import is_run_directory
 from gpt.proof import prove
-from gpt.run_directory import RunDirectory
+from gpt.run_directory import RunDirectory, json_lines
 
 if TYPE_CHECKING:
     from gpt.train import RunPlan
@@ -66,7 +65,7 @@ def work_lost(owner: RunDirectory, step: int) -> dict[str, float]:
     begun = max(i for i, event in enumerate(events) if event["event"] in ("start", "resume"))
     # a start that died between its resume and its first step has already said what was lost
     new = metrics.exists() and metrics.stat().st_mtime > events[begun]["time"]
-    steps = steps_after(metrics, step) if new else 0
+    steps = sum(1 for record in json_lines(metrics) if record["step"] > step) if new else 0
     ended = next((e["last_seen"] for e in events[begun:] if e["event"] == "continue"), None)
     saved = [e["time"] for e in events[begun:] if e["event"] == "checkpoint begun" and e["step"] == step]
     lost = ended - max([events[begun]["time"], *saved]) if steps and ended else 0.0

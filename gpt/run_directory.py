@@ -14,6 +14,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ def newest_generation(run: Path) -> int:
     return max(numbers, default=0)
 
 
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of metrics.jsonl or events.jsonl, none where there is no file: one that a kill or a full disk cut
+    short counts for nothing."""
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def is_newest(run: Path, generation: int) -> bool:
     """Whether no start after this one has claimed the run directory."""
     return not claim_file(run, generation + 1).exists()
@@ -147,7 +156,7 @@ class RunDirectory:
             temporary.unlink()
         self.generation = newest + 1
         for old in (self.path / "heartbeats").glob("generation_*"):
-            if old != heartbeat_file(self.path, newest, 0).parent:  # the last start's say how it ended
+            if old.name < heartbeat_file(self.path, newest, 0).parent.name:  # the last start's say how it ended
                 shutil.rmtree(old, ignore_errors=True)
         if may_live:
             self._fence()
@@ -172,14 +181,17 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
+    def note_event(self, kind: str, **details: Any) -> None:
+        """`write_event`; a disk that cannot take it does not end the run."""
+        try:
+            self.write_event(kind, **details)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the disk may hold the console's log, too
+                print(f"warning: the event {kind!r} {details} could not be written: {error}", flush=True)
+
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        """Events of these kinds over all starts, oldest first; a line that a full disk cut short is none."""
-        file = self.path / "events.jsonl"
-        found = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return [event for event in found if event["event"] in kinds]
+        """Events of these kinds over all starts, oldest first."""
+        return [event for event in json_lines(self.path / "events.jsonl") if event["event"] in kinds]
 
     def write_file(self, name: str, content: str) -> None:
         """Replace a small file of the directory atomically."""

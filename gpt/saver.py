@@ -255,7 +255,7 @@ class Saver:
         errors = [_failure_text(failure) for failure in failures]
         message = f"the checkpoint of step {save.step} could not be written: {'; '.join(errors)}"
         if self._owner is not None:
-            self._write_event("checkpoint failed", step=save.step, errors=errors)
+            self._owner.note_event("checkpoint failed", step=save.step, errors=errors)
             say(f"warning: {message}. The earlier ones are untouched")
         if self._failed_in_a_row >= self._settings.max_failed_saves:
             raise ValueError(
@@ -276,10 +276,10 @@ class Saver:
             self.hear(distributed.gather_floats([self.state()], self._ranks)[:, 0])
 
     def leave(self) -> None:
-        """Before an error ends the run: let the save under way come to its end on this rank, if it can."""
-        if self.needs_probe:
-            assert self._save is not None
-            self._save.cancel()
+        """Before an error ends the run: let the save under way come to its end on this rank, if need be without its
+        probe."""
+        if self._save is not None:
+            self._save.probe_ready.set()
         self._join()
 
     def _folder(self, save: _Save) -> Path:
@@ -290,8 +290,8 @@ class Saver:
         thread.join()
         with contextlib.suppress(OSError):  # another rank's thread may still write into the folder
             (self._folder(save) / rank_file_name(self._ranks.rank)).unlink(missing_ok=True)
-            if self._owner is not None:
-                remove_leftovers(self._run, self._generation)
+            if self._owner is not None:  # of this save only: other ranks may have begun the next
+                shutil.rmtree(self._folder(save))
 
     def _has_room(self) -> bool:
         """Whether the file system takes a whole checkpoint and still some metrics: better to do without one than to
@@ -323,9 +323,10 @@ class Saver:
             with contextlib.suppress(OSError):  # on a CPU the writing must not slow the steps down
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
             if self._owner is not None:
-                self._write_event("checkpoint begun", step=save.step)
+                self._owner.note_event("checkpoint begun", step=save.step)
             if not save.has_room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            RunDirectory(self._run, self._generation).check_ownership()  # other ranks write here, too
             write_rank(folder, rank, save.number, copies | save.small, self._ranges, save.cancelled.is_set)
             if self._owner is not None:
                 self._commit(save, folder, self._owner)
@@ -355,18 +356,11 @@ class Saver:
         size = commit(self._run, folder, save.fields | {"probe": save.probe}, sidecars, owner.check_ownership)
         self.size_bytes, self.committed_at = size, time.monotonic()
         seconds = time.perf_counter() - save.began
-        self._write_event("checkpoint committed", step=save.step, bytes=size, seconds=seconds)
+        owner.note_event("checkpoint committed", step=save.step, bytes=size, seconds=seconds)
         try:
-            for deed, step in apply_retention(self._run, self._settings, save.step, self._generation):
-                self._write_event(deed, step=step)
             remove_leftovers(self._run, self._generation)
+            done = apply_retention(self._run, self._settings, save.step, self._generation, owner.check_ownership)
+            for deed, step in done:
+                owner.note_event(deed, step=step)
         except OSError as error:  # the checkpoint is there all the same; the next one's commit tries again
             say(f"warning: old checkpoints of {self._run} could not be deleted: {error}")
-
-    def _write_event(self, kind: str, **details: Any) -> None:
-        """An event; a disk that cannot take it must not end the run."""
-        assert self._owner is not None
-        try:
-            self._owner.write_event(kind, **details)
-        except OSError as error:
-            say(f"warning: the event {kind!r} {details} could not be written: {error}")

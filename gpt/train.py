@@ -196,10 +196,9 @@ def _run_claimed(
 ) -> int | None:
     from gpt import distributed
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import DTYPES, count_parameters, describe_model, draws_random_numbers
+    from gpt.model import DTYPES, count_parameters, describe_model
     from gpt.optimizer import build_optimizer
     from gpt.resume import load_newest, resume, samples_left_out
-    from gpt.saver import Saver
     from gpt.trainer import BatchSource, Trainer
 
     plan = plan_run(recipe, ranks.world_size)
@@ -224,16 +223,6 @@ def _run_claimed(
     if owner is not None:
         metrics = _open_metrics(plan, owner, resumed)
         print(f"model: {describe_model(model, recipe.precision)}, from step {resumed}")
-    saver = Saver(
-        plan,
-        state,
-        ranks,
-        owner,
-        heartbeat.generation,
-        tied_names(model),
-        metrics.sync if metrics is not None else lambda: None,
-        probe_from_training=uncompiled is nullcontext and not draws_random_numbers(model),
-    )
     trainer = Trainer(
         recipe=recipe,
         run=recipe.run_directory(),
@@ -245,7 +234,7 @@ def _run_claimed(
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
-        saver=saver,
+        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, uncompiled),
         load=lambda: load_newest(plan, engine, state, ranks),
         stop_requested=stop_requested,
         uncompiled=uncompiled,
@@ -259,14 +248,32 @@ def _run_claimed(
         heartbeat=heartbeat,
     )
     _check_isolation(plan, trainer)
-    if owner is not None and resumed >= plan.schedule.total_steps:
-        print(f"nothing is left to do: the run ended at step {resumed}")
     _fit(trainer)
     return trainer.stopped_at
 
 
+def _build_saver(
+    plan: RunPlan,
+    state: Any,
+    ranks: Any,
+    owner: Any,
+    generation: int,
+    model: PreTrainedModel,
+    metrics: Any,
+    uncompiled: Any,
+) -> Any:
+    from gpt.model import draws_random_numbers
+    from gpt.saver import Saver
+
+    sync = metrics.sync if metrics is not None else lambda: None
+    same_as_evaluation = uncompiled is nullcontext and not draws_random_numbers(model)
+    return Saver(plan, state, ranks, owner, generation, tied_names(model), sync, same_as_evaluation)
+
+
 def _fit(trainer: Any) -> None:
     """Train to the end, and write what is left to write of it."""
+    if trainer.owner is not None and trainer.first_step > trainer.schedule.total_steps:
+        print(f"nothing is left to do: the run ended at step {trainer.first_step - 1}")
     trainer.fit()
     if trainer.owner is not None and trainer.metrics is not None:
         trainer.metrics.close()
@@ -336,10 +343,11 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
     from gpt.heartbeat import last_seen
     from gpt.run_directory import describe_environment
 
+    owner.check_ownership()  # the plan may have taken long, and a later start may be saving
     remove_leftovers(owner.path)
     recipe = plan.recipe
     environment = describe_environment(world_size)
-    first = not (owner.path / "recipe.yaml").exists()
+    first = not owner.events("start")  # not by a file: a kill may have come between it and the event
     owner.write_file("recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     owner.write_file("ds_config.json", json.dumps(plan.deepspeed, indent=2))
     owner.write_file("environment.json", json.dumps(environment, indent=2))

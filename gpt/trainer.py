@@ -197,7 +197,7 @@ class Trainer:
         """Leave after `step`, which is saved unless it already is."""
         self.stopped_at = self._stop_at = step
         if self.owner is not None:
-            self.owner.write_event("stop requested", step=step)
+            self.owner.note_event("stop requested", step=step)
         if self.saver.begun_step == step:
             self._finish_save(step)
         elif step > self._loaded_step and self.saver.committed_step != step:
@@ -263,7 +263,7 @@ class Trainer:
         else:
             reason += "; run again, the same batch gave finite values"
         if self.owner is not None:
-            self.owner.write_event("step skipped", step=step, reason=reason, seconds=seconds, **details)
+            self.owner.note_event("step skipped", step=step, reason=reason, seconds=seconds, **details)
             print(f"step {step} is skipped: {reason}", flush=True)
 
     def _find_origin(self, batch: "StepBatch", random: RandomState) -> Origin | None:
@@ -388,7 +388,7 @@ class Trainer:
         assert self.owner is not None
         beat = read_beat(self.run, self.owner.generation, rank)
         host = beat.host if beat is not None else "an unknown host"
-        self.owner.write_event("straggler", step=step, rank=rank, host=host, ratio=ratio)
+        self.owner.note_event("straggler", step=step, rank=rank, host=host, ratio=ratio)
         print(
             f"warning: rank {rank} on {host} needed {ratio:.1f} times the others' median for its part of the last "
             f"{STRAGGLER_STEPS} steps, and they wait for it: see what else runs there",

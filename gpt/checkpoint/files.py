@@ -17,7 +17,6 @@ import torch
 import xxhash
 
 from gpt.checkpoint.format import BLOCK_BYTES, DamagedFileError, FileEntry
-from gpt.checkpoint.format import fsync_directory as fsync_directory
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

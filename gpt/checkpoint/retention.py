@@ -6,7 +6,7 @@ Only folders that are committed checkpoints by their anchored name are touched, 
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +30,11 @@ RANK_FILE_PATTERN = re.compile(r"rank_\d{5,}(\.weights)?\.safetensors")
 CHUNK_ELEMENTS = 2**20
 
 
-def apply_retention(run: Path, settings: Checkpoint, newest: int, generation: int) -> Iterator[tuple[str, int]]:
+def apply_retention(
+    run: Path, settings: Checkpoint, newest: int, generation: int, check_ownership: Callable[[], None]
+) -> Iterator[tuple[str, int]]:
     """After `newest` was committed: delete and reduce what the recipe says, giving each deed's ("checkpoint deleted" or
-    "checkpoint reduced to weights", step) when it is done.
+    "checkpoint reduced to weights", step) when it is done. What `check_ownership` raises before a deed, it is not done.
 
     A kill at any point leaves whole checkpoints only: a doomed one gets a temporary name first.
     """
@@ -40,9 +42,11 @@ def apply_retention(run: Path, settings: Checkpoint, newest: int, generation: in
     kept = kept_steps(settings, {step: _loss(run, step) if settings.keep_best else None for step in steps})
     for step in steps:
         if step not in kept:
+            check_ownership()
             yield _delete(run, step, generation)
     if settings.weights_only_after is not None:
         for step in sorted(kept)[: -settings.weights_only_after]:
+            check_ownership()
             try:
                 if reduce_to_weights(checkpoint_directory(run, step)):
                     yield "checkpoint reduced to weights", step
@@ -52,6 +56,7 @@ def apply_retention(run: Path, settings: Checkpoint, newest: int, generation: in
         sizes = {step: _size(checkpoint_directory(run, step)) for step in sorted(kept)}
         for step in sorted(kept - {newest}):
             if sum(sizes.values()) + sizes[newest] > settings.budget_bytes:  # the next save needs room, too
+                check_ownership()
                 yield _delete(run, step, generation)
                 del sizes[step]
 

@@ -18,7 +18,6 @@ import torch
 
 from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, write_safetensors
 from gpt.checkpoint.format import (
-    MANIFEST_NAME,
     Manifest,
     OptimizerEntry,
     ParameterEntry,
@@ -30,7 +29,7 @@ from gpt.checkpoint.format import (
 )
 from gpt.distributed import ShardedState
 
-TEMPORARY_PATTERN = re.compile(r"\.tmp-step_\d{8,}-g(\d{6,})")
+TEMPORARY_PATTERN = re.compile(r"\.tmp-step_\d{8,}-g(\d{6,})(-replaced)?")
 POLL_SECONDS = 0.05
 
 
@@ -169,11 +168,12 @@ def collect(
 
 
 def commit(
-    run: Path, folder: Path, fields: dict[str, Any], sidecars: list[dict[str, Any]], before_rename: Callable[[], None]
+    run: Path, folder: Path, fields: dict[str, Any], sidecars: list[dict[str, Any]], check_ownership: Callable[[], None]
 ) -> int:
     """Turn the folder into the checkpoint of `fields["step"]`; returns its size in bytes.
 
-    `fields` are the manifest's that the sidecars do not hold; `before_rename` may still refuse.
+    `fields` are the manifest's that the sidecars do not hold. A checkpoint of this step that is there, found damaged or
+    rolled back, becomes a leftover. What `check_ownership` raises, nothing is changed.
     """
     norms: dict[str, dict[str, float]] = {entry.name: {} for entry in fields["parameters"]}
     for fragment in sidecars[0]["norms"]:
@@ -189,12 +189,18 @@ def commit(
         (folder / _sidecar_name(rank)).unlink()
     write_manifest(folder, manifest)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    target = checkpoint_directory(run, manifest.step)
-    before_rename()
-    if target.exists():  # an earlier one of this step, found damaged or rolled back: no half of it may pass for whole
-        (target / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(target)
+    target, replaced = checkpoint_directory(run, manifest.step), folder.with_name(f"{folder.name}-replaced")
+    check_ownership()
+    if target.exists():
+        target.rename(replaced)
     folder.rename(target)
+    try:
+        check_ownership()  # again: between the two this process may have been stopped for long
+    except BaseException:
+        target.rename(folder)
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     fsync_directory(target.parent)
     return size
 
@@ -218,11 +224,10 @@ def optimizer_entry(state: ShardedState) -> OptimizerEntry:
     return OptimizerEntry(type=state.optimizer_type(), states=states, groups=groups, loss_scaler=state.loss_scaler())
 
 
-def remove_leftovers(run: Path, generation: int | None = None) -> list[str]:
-    """Delete the temporary folders that killed starts and failed saves left, of one start or of all; their names."""
+def remove_leftovers(run: Path, generation: int | None = None) -> None:
+    """Delete the temporary folders that killed starts and failed saves left, of one start or of all."""
     folder = run / "checkpoints"
     matches = [(path, TEMPORARY_PATTERN.fullmatch(path.name)) for path in folder.glob(".tmp-*")]
-    leftovers = [path for path, match in matches if match and generation in (None, int(match.group(1)))]
-    for leftover in leftovers:
-        shutil.rmtree(leftover)
-    return [leftover.name for leftover in leftovers]
+    for path, match in matches:
+        if match and generation in (None, int(match.group(1))):
+            shutil.rmtree(path)

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, fsync_directory, write_safetensors
-from gpt.checkpoint.format import Manifest, checkpoint_directory, rank_file_name, read_manifest, write_manifest
+from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, write_safetensors
+from gpt.checkpoint.format import (
+    Manifest,
+    checkpoint_directory,
+    fsync_directory,
+    rank_file_name,
+    read_manifest,
+    write_manifest,
+)
 from gpt.checkpoint.read import TORCH_DTYPES
 
 CHATML = (

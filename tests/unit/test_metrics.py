@@ -201,6 +201,25 @@ def test_measured_quantities_are_of_this_machine(tmp_path: Path) -> None:
     metrics = host_metrics(tmp_path)
     assert set(metrics) == {"memory/host_gib", "disk/free_gib"}
     assert all(isinstance(value, float) and value > 0 for value in metrics.values())
+    assert host_metrics(tmp_path / "gone")["disk/free_gib"] is None
+
+
+def test_a_file_system_that_has_gone_does_not_end_the_run(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = MetricsWriter(run, 0, 100, 100)
+
+    def gone() -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "check_ownership", gone)
+        patch.setattr(writer, "_write_pending", gone)  # TensorBoard's file, which is written later, notices nothing
+        writer.write(1, {"train/loss": 1.0})
+        writer.write_text("evaluate/sample", "text", 1)
+    assert lines(run) == []
+    writer.write(2, {"train/loss": 2.0})
+    writer.close()
+    assert [record["step"] for record in lines(run)] == [1, 2]
+    assert [s.step for s in board(run).Scalars("train/loss")] == [1, 2]
 
 
 def test_what_a_full_disk_did_not_take_is_written_later_once(
@@ -228,6 +247,7 @@ def test_what_a_full_disk_did_not_take_is_written_later_once(
 
     writer._file = Disk(writer._file)
     board = writer._board
+    assert board is not None
     for step in range(1, 7):
         full[0] = {3: True, 4: "quite", 5: "quite"}.get(step, False)
         if step == 2:  # its own thread died of the disk
@@ -237,9 +257,13 @@ def test_what_a_full_disk_did_not_take_is_written_later_once(
         if step == 4:
             with pytest.raises(OSError):
                 writer.sync()
+        if step in (2, 3):
+            writer.write_text("evaluate/sample", "text", step)
         writer.write(step, {"train/loss": float(step)})
     writer.close()
-    assert "warning: the metrics of step 3 wait" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "warning: the metrics of step 3 wait" in out
+    assert "warning: the text evaluate/sample of step 2 is not written: full" in out
     assert [record["step"] for record in lines(run)] == [1, 2, 3, 4, 5, 6]
     shown = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
     assert [(scalar.step, scalar.value) for scalar in shown] == [(step, float(step)) for step in range(1, 7)]

@@ -12,6 +12,7 @@ from gpt.checkpoint.format import DamagedFileError, checkpoint_directory, list_c
 from gpt.checkpoint.read import CheckpointReader, load_plain_model, newest_checkpoint
 from gpt.checkpoint.retention import apply_retention, check_budget, kept_steps, reduce_to_weights
 from gpt.recipe import Checkpoint
+from gpt.run_directory import SupersededError
 
 
 def make_run(run: Path, losses: dict[int, float | None]) -> None:
@@ -21,7 +22,20 @@ def make_run(run: Path, losses: dict[int, float | None]) -> None:
 
 
 def tidy(run: Path, newest: int, **settings: Any) -> list[tuple[str, int]]:
-    return list(apply_retention(run, Checkpoint(**settings), newest, generation=1))
+    return list(apply_retention(run, Checkpoint(**settings), newest, 1, check_ownership=lambda: None))
+
+
+@pytest.mark.parametrize("settings", [{"keep_last": 1}, {"weights_only_after": 1}, {"budget_bytes": 1}])
+def test_a_start_that_was_superseded_changes_no_checkpoint(tmp_path: Path, settings: dict[str, int]) -> None:
+    run = tmp_path / "run"
+    make_run(run, {1: None, 2: None})
+
+    def superseded() -> None:
+        raise SupersededError
+
+    with pytest.raises(SupersededError):
+        list(apply_retention(run, Checkpoint(**settings), 2, 1, superseded))
+    assert list_checkpoints(run) == [1, 2] and not read_manifest(checkpoint_directory(run, 1)).weights_only
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """One writer per run directory, held by real processes; what may change when a run goes on; events are never cut."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -298,6 +299,23 @@ def test_an_event_does_not_run_into_one_that_was_cut_short(tmp_path: Path) -> No
     lines = (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(lines[i])["event"] for i in (0, 2, 3)] == ["start", "continue", "end"]
     assert lines[1] == '{"time": 1.0, "gen'
+
+
+def test_a_noted_event_does_not_end_a_run_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    owner = RunDirectory(tmp_path)
+    owner.claim()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    owner.note_event("straggler", rank=1)
+    assert "warning: the event 'straggler' {'rank': 1} could not be written" in capfd.readouterr().out
+    write_claim(tmp_path, host="node7", generation=2)
+    with pytest.raises(SupersededError):
+        owner.note_event("straggler", rank=1)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

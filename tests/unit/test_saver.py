@@ -287,6 +287,61 @@ def test_a_start_that_was_superseded_commits_nothing(group: Group) -> None:
     assert list_checkpoints(group.run) == []
 
 
+def test_a_start_that_was_superseded_before_its_save_writes_no_file(group: Group) -> None:
+    (group.run / "generations" / f"{group.owner.generation + 1:06d}.json").write_text("{}", encoding="utf-8")
+    group.begin(2)
+    for saver in group.savers:
+        with pytest.raises(SupersededError):
+            until(lambda saver=saver: bool(saver.state() > 1))  # type: ignore[misc]
+    assert group.leftovers() == []
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_start_that_was_superseded_at_its_commit_takes_it_back(
+    group: Group, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """As when the process is stopped between its look at the claims and the renaming, and goes on much later."""
+    target = checkpoint_directory(group.run, 2)
+    if is_there:
+        target.mkdir()
+        (target / "mine").touch()
+    claim, rename = group.run / "generations" / f"{group.owner.generation + 1:06d}.json", Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, new: (rename(path, new), new == target and claim.touch())[0])
+    group.begin(2)
+    group.give_probe()
+    with pytest.raises(SupersededError):
+        until(lambda: bool(group.savers[0].state() > 1))
+    assert list_checkpoints(group.run) == [] and len(group.leftovers()) == 1
+    assert [file.name for file in target.glob("*")] == ["mine"] * is_there
+
+
+def test_what_a_failed_save_left_is_removed_and_no_other(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_on_rank(monkeypatch, 1, errno.EIO)
+    next_one = gpt.saver.temporary_checkpoint_directory(group.run, 4, group.owner.generation)
+    next_one.mkdir()  # another rank has begun it already
+    group.save(2)
+    until(lambda: group.leftovers() == [next_one.name])
+    for saver in group.savers:
+        saver._join()
+    assert next_one.exists()
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(group: Group) -> None:
+    group.save(2)
+    (checkpoint_directory(group.run, 2) / "rank_00001.safetensors").unlink()
+    group.save(2)
+    CheckpointReader(checkpoint_directory(group.run, 2)).verify()
+    assert group.leftovers() == []
+
+
+def test_an_error_that_ends_the_run_lets_the_save_under_way_end(group: Group) -> None:
+    group.begin(2)
+    for saver in reversed(group.savers):  # before the forward that would have given the probe
+        saver.leave()
+    assert list_checkpoints(group.run) == [2]
+    assert CheckpointReader(checkpoint_directory(group.run, 2)).manifest.probe is None
+
+
 def test_a_save_that_is_under_way_is_awaited_by_the_next(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     go, write = threading.Event(), writing.write_safetensors
     monkeypatch.setattr(writing, "write_safetensors", lambda path, tensors: go.wait() and write(path, tensors))

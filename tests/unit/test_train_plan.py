@@ -11,7 +11,17 @@ from recipe_samples import PreparedData, make_recipe
 from transformers import AutoTokenizer
 
 from gpt.recipe import Recipe
-from gpt.train import _build_evaluation, check, end_token_ids, plan_run, sample_prompt, tied_names, total_steps
+from gpt.run_directory import RunDirectory
+from gpt.train import (
+    _build_evaluation,
+    _describe_run,
+    check,
+    end_token_ids,
+    plan_run,
+    sample_prompt,
+    tied_names,
+    total_steps,
+)
 
 
 def recipe_for(data: Path, runs: Path, changes: dict[str, Any] | None = None, without: tuple[str, ...] = ()) -> Recipe:
@@ -169,6 +179,18 @@ def test_isolation_is_tried_only_where_rows_may_join_documents(
     else:
         _check_isolation(plan, trainer)
         assert seen == [] and capsys.readouterr().out == ""
+
+
+def test_a_start_that_was_killed_before_its_first_event_is_no_start(
+    prepared_data: PreparedData, tmp_path: Path
+) -> None:
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path), 2)
+    owner = RunDirectory(plan.recipe.run_directory())
+    owner.claim()
+    owner.write_file("recipe.yaml", yaml.safe_dump(plan.recipe.model_dump()))
+    _describe_run(plan, owner, 2)
+    _describe_run(plan, owner, 2)
+    assert [event["event"] for event in owner.events("start", "continue")] == ["start", "continue"]
 
 
 def test_a_run_directory_of_another_recipe_is_refused(prepared_data: PreparedData, tmp_path: Path) -> None:
