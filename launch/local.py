@@ -172,6 +172,8 @@ def _launch_config(
         monitor_interval=0.1,
         signals_to_handle="SIGQUIT",  # the others are ours, see _ending_signals
         shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS,
+        # replaced by each start's own; torch's default would make a temporary folder, which a kill leaves behind
+        logs_specs=RankLogs(recipe.run_directory() / "logs"),
     )
     config.rdzv_configs["timeout"] = MEETING_TIMEOUT_SECONDS
     if rendezvous is None:
