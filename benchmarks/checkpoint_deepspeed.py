@@ -16,7 +16,7 @@ from gpt import distributed
 from gpt.loss import cross_entropy_sum, loss_for_backward
 from gpt.metrics import peak_memory_gib
 from gpt.optimizer import build_optimizer
-from gpt.recipe import load_recipe
+from gpt.recipe_file import load_recipe
 from gpt.train import RunPlan, _build_model, plan_run
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from gpt.recipe import PROJECT_ROOT, Recipe, parse_recipe, read_mapping
+from gpt.recipe import Recipe
+from gpt.recipe_file import PROJECT_ROOT, parse_recipe, read_mapping
 
 FREE_FIELDS = (
     "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile",

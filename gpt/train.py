@@ -24,7 +24,8 @@ from gpt.deepspeed_config import build_deepspeed_config
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
 from gpt.model import build_config, check_frozen
 from gpt.optimizer import Schedule
-from gpt.recipe import Recipe, parse_recipe
+from gpt.recipe import Recipe
+from gpt.recipe_file import parse_recipe
 from gpt.run_directory import SupersededError, compare_recipes, stored_recipe
 from gpt.stop_requests import StopRequests
 

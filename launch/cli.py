@@ -186,7 +186,7 @@ def preview(
     from data_pipeline.stream import TrainingStream
 
     if recipe is not None:
-        from gpt.recipe import load_recipe
+        from gpt.recipe_file import load_recipe
         from gpt.train import open_training_data
 
         instead = [f"data.train=[{{path: {json.dumps(str(data))}}}]", "data.stages=[]"] if data is not None else []
@@ -228,7 +228,7 @@ def train(
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until the workers are started, which takes seconds
         signal.signal(number, _stop_before_start)
-    from gpt.recipe import fork_recipe, load_recipe
+    from gpt.recipe_file import fork_recipe, load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     if fork is not None:

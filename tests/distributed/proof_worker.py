@@ -18,7 +18,7 @@ from gpt import distributed, resume
 from gpt.checkpoint import files
 from gpt.checkpoint.read import CheckpointReader
 from gpt.optimizer import build_optimizer
-from gpt.recipe import parse_recipe, read_mapping
+from gpt.recipe_file import parse_recipe, read_mapping
 from gpt.train import _build_model, plan_run
 
 

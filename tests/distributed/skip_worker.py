@@ -21,7 +21,7 @@ from gpt.batch import plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.model import build_model, decoder_layers
 from gpt.optimizer import Schedule, build_optimizer
-from gpt.recipe import PROJECT_ROOT, parse_recipe
+from gpt.recipe_file import PROJECT_ROOT, parse_recipe
 from gpt.run_directory import RunDirectory
 from gpt.saver import Saver
 from gpt.trainer import BatchSource, Trainer

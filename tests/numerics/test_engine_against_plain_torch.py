@@ -15,7 +15,7 @@ from engine_worker import MODEL, RECIPE, SEQUENCES, STEPS, ragged_rows
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gpt.optimizer import Schedule
-from gpt.recipe import PROJECT_ROOT, parse_recipe
+from gpt.recipe_file import PROJECT_ROOT, parse_recipe
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 SPLITS = [

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.recipe import Recipe, parse_recipe
+from gpt.recipe import Recipe
+from gpt.recipe_file import parse_recipe
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -
     def broken(*arguments: object) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("gpt.recipe.load_recipe", broken)
+    monkeypatch.setattr("gpt.recipe_file.load_recipe", broken)
     monkeypatch.setattr(sys, "argv", ["trainyard", "train", "x.yaml"])
     with pytest.raises(TypeError, match="a bug"):
         cli.main()
@@ -116,8 +116,8 @@ def test_prepare_with_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_train_is_stopped_before_its_workers_start(number: signal.Signals) -> None:
     code = (
-        "import time, gpt.recipe; from launch.cli import main;"
-        "gpt.recipe.load_recipe = lambda *_: (print('loading', flush=True), time.sleep(60)); main()"
+        "import time, gpt.recipe_file; from launch.cli import main;"
+        "gpt.recipe_file.load_recipe = lambda *_: (print('loading', flush=True), time.sleep(60)); main()"
     )
     command = [sys.executable, "-c", code, "train", "x.yaml"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

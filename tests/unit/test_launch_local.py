@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from gpt.recipe import Faults, Recipe, parse_recipe
+from gpt.recipe import Faults, Recipe
+from gpt.recipe_file import parse_recipe
 from launch import local, watch
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -369,7 +370,7 @@ def test_the_launcher_does_not_wait_for_a_rank_that_cannot_be_killed(recipe: Rec
     worker(HANGING)
     recipe = with_faults(recipe, hang_seconds=0.5, restarts=2)
     code = (
-        "import psutil; from gpt.recipe import parse_recipe; from launch import local, watch;"
+        "import psutil; from gpt.recipe_file import parse_recipe; from launch import local, watch;"
         "local.WORKER_MODULE = 'stand_in_worker'; watch.MEETING_SECONDS = 1.0; watch.KILL_SECONDS = 1.0;"
         "psutil.Process.kill = lambda self: None;"
         f"local.run_workers(parse_recipe({recipe.model_dump(mode='json')!r}, 'test'), processes=2)"
@@ -385,7 +386,7 @@ def test_workers_end_with_a_launcher_that_is_killed(worker: Any, recipe: Recipe,
         time.sleep(60)
     """)
     code = (
-        "import sys; from gpt.recipe import parse_recipe; from launch import local;"
+        "import sys; from gpt.recipe_file import parse_recipe; from launch import local;"
         "local.WORKER_MODULE = 'stand_in_worker';"
         f"local.run_workers(parse_recipe({recipe.model_dump(mode='json')!r}, 'test'), processes=2)"
     )
@@ -417,7 +418,7 @@ def test_a_build_lock_of_a_killed_run_is_removed_with_a_line(
 
 LAUNCHER = """
 import sys
-from gpt.recipe import parse_recipe
+from gpt.recipe_file import parse_recipe
 from launch import local
 import json
 local.WORKER_MODULE = "stand_in_worker"

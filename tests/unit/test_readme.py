@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import recipe_reference
 import typer.main
 import yaml
 
-from gpt import recipe_reference
-from gpt.recipe import Recipe, Section, parse_recipe
+from gpt.recipe import Recipe, Section
+from gpt.recipe_file import parse_recipe
 from launch.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ def tracked_files() -> list[str]:
 
 def test_recipe_reference_is_up_to_date() -> None:
     assert recipe_reference.replace_section(README, recipe_reference.reference()) == README, (
-        "run: python -m gpt.recipe_reference --write"
+        "run: python tests/unit/recipe_reference.py --write"
     )
 
 

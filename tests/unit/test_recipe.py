@@ -8,7 +8,8 @@ import pytest
 import yaml
 from recipe_samples import make_recipe, recipe_content
 
-from gpt.recipe import PROJECT_ROOT, Recipe, find_shipped_file, fork_recipe, load_recipe, resolve_paths
+from gpt.recipe import Recipe
+from gpt.recipe_file import PROJECT_ROOT, find_shipped_file, fork_recipe, load_recipe, resolve_paths
 
 
 def write(folder: Path, content: Any) -> Path:

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpt.batch import plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.optimizer import Schedule
-from gpt.recipe import PROJECT_ROOT, Recipe, load_recipe
+from gpt.recipe import Recipe
+from gpt.recipe_file import PROJECT_ROOT, load_recipe
 from gpt.train import total_steps
 
 RECIPES = PROJECT_ROOT / "launch" / "recipes"

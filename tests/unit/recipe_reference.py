@@ -1,6 +1,6 @@
 """The recipe reference of README.md, made from the docstrings of `gpt.recipe`.
 
-`python -m gpt.recipe_reference` prints the Markdown; `--write` replaces the section of README.md by it.
+`python tests/unit/recipe_reference.py` prints the Markdown; `--write` replaces the section of README.md by it.
 """
 
 import argparse
@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.recipe import PROJECT_ROOT, Recipe, Section
+from gpt.recipe import Recipe, Section
+from gpt.recipe_file import PROJECT_ROOT
 
-BEGIN = "<!-- recipe reference: written by `python -m gpt.recipe_reference --write` -->"
+BEGIN = "<!-- recipe reference: written by `python tests/unit/recipe_reference.py --write` -->"
 END = "<!-- end of the recipe reference -->"
 TYPE_NAMES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", dict: "mapping"}
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
