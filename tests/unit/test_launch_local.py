@@ -1,5 +1,6 @@
 """The local launcher with real processes, which are small scripts: output, first causes, signals, several hosts."""
 
+import contextlib
 import json
 import os
 import re
@@ -67,7 +68,12 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def worker_processes() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if "stand_in_worker" in child.cmdline()]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended at this moment
+            if "stand_in_worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def test_workers_get_recipe_ranks_and_environment(
@@ -143,7 +149,7 @@ def test_a_killed_rank_is_named_and_takes_the_others_down(
     """)
     started = time.monotonic()
     assert local.run_workers(recipe, processes=2) == 86
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40
     out, err = capfd.readouterr()
     killed = re.findall(r"rank (\d) \(process (\d+) on \S+\) was killed by (\w+)", err)
     assert [(rank, name) for rank, _, name in killed] == [("1", "SIGKILL")]
@@ -232,7 +238,7 @@ def test_a_second_signal_ends_all_workers_at_once(
     thread = send_when_ready(tmp_path, 2, (0, here, number), (1.2, here, number), (0, here, number), (0, here, number))
     started = time.monotonic()
     assert local.run_workers(recipe, processes=2) == code
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 40
     thread.join()
     assert worker_processes() == []
     assert f"ended by {number.name} without saving" in capfd.readouterr().err
@@ -357,7 +363,7 @@ def test_a_hang_before_the_ranks_have_met(
     monkeypatch.setattr(watch, "MEETING_SECONDS", 2.0)
     started = time.monotonic()
     assert local.run_workers(with_faults(recipe, hang_seconds=1, restarts=0), processes=2) == 86
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40
     err = capfd.readouterr().err
     assert re.search(r"no progress for \d s: rank 1 on \S+ \(it no longer runs: its process is stopped\)\n$", err)
     (logs,) = (recipe.run_directory() / "logs").iterdir()

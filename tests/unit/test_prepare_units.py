@@ -247,7 +247,24 @@ def test_a_done_unit_whose_file_is_cut_is_made_again(
 
 
 @pytest.mark.full
-def test_interrupt_ends_all_and_keeps_what_is_done(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_interrupt_ends_all_and_keeps_what_is_done(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent(
+            """
+            import sys, time
+            if "data_pipeline.workers" in sys.orig_argv:
+                import data_pipeline.units as units
+                fill = units.UnitMaker._fill
+                def slow(self, number, splits, report):
+                    time.sleep(0.3)  # the interrupt must come before the end
+                    return fill(self, number, splits, report)
+                units.UnitMaker._fill = slow
+            """
+        )
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     output = tmp_path / "out"
     command = _command(corpus, output, tokenizer_folder, workers=2)
     parent = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
