@@ -42,6 +42,7 @@ def test_stopped_run_goes_on_as_the_uninterrupted_one(reference: Runs, target: s
     assert comparable(reference.metrics(name)) == comparable(reference.metrics("reference"))
 
 
+@pytest.mark.full
 def test_a_signal_before_the_first_step_loses_nothing(reference: Runs) -> None:
     """While the workers load: they come to the first step, find the request and leave without a step."""
     live = reference.start("stopped-early")
