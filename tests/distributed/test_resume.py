@@ -44,7 +44,8 @@ def test_killed_run_equals_uninterrupted_run(reference: Runs) -> None:
     assert all_tensors(reference.directory("killed"))["exp_avg_sq/model.norm.weight"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_killed_run_with_dropout_and_gradient_checkpointing(runs: Runs, precision: str) -> None:
     if precision == "bf16":
         changes: dict[str, Any] = {"gradient_checkpointing": {"every_layers": 2}}
@@ -58,6 +59,7 @@ def test_killed_run_with_dropout_and_gradient_checkpointing(runs: Runs, precisio
     assert_same_run(runs, f"{name}-killed", name)
 
 
+@pytest.mark.full
 def test_sampling_text_changes_no_loss(reference: Runs) -> None:
     quiet = {"every_steps": 5, "batches": 1, "sample_tokens": 0}
     reference.train("unsampled", evaluate=quiet)

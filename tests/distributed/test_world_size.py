@@ -57,6 +57,7 @@ def test_checkpoint_goes_on_at_another_world_size(reference: Runs) -> None:
             assert record["train/loss"] == pytest.approx(expected[step]["train/loss"], abs=TOLERANCE), f"step {step}"
 
 
+@pytest.mark.full
 def test_killed_on_2_ranks_and_gone_on_with_1_sees_the_same_samples(reference: Runs) -> None:
     """SIGKILL, then another number of ranks and of threads that read ahead: no sample is lost or comes twice."""
     live = reference.start("killed-elastic")
@@ -72,6 +73,7 @@ def test_killed_on_2_ranks_and_gone_on_with_1_sees_the_same_samples(reference: R
     assert len(set(digests.values())) == 20
 
 
+@pytest.mark.full
 def test_documents_that_share_a_row_are_shown_to_be_apart(runs: Runs) -> None:
     """The check at start-up through the engine, on 2 ranks, in bf16."""
     speeches = (runs.folder / "train.txt").read_text(encoding="utf-8").split("\n\n")
