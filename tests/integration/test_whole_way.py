@@ -90,7 +90,7 @@ def built(shop: Shop) -> Shop:
     return shop
 
 
-@pytest.mark.parametrize("name", ["base", "chat"])
+@pytest.mark.parametrize("name", [pytest.param("base", marks=pytest.mark.full), "chat"])
 def test_evaluation_of_run_and_folder_agree(built: Shop, name: str) -> None:
     """The live engine's last evaluation, the run directory and the exported folder give the same numbers."""
     data = "data/text/validation" if name == "base" else "data/chat/validation"
@@ -103,6 +103,7 @@ def test_evaluation_of_run_and_folder_agree(built: Shop, name: str) -> None:
     assert of_run["target_tokens"] == of_folder["target_tokens"] > 0
 
 
+@pytest.mark.full
 def test_evaluation_of_a_text_file_equals_that_of_its_shards(built: Shop) -> None:
     shards = built.answer("evaluate", "exports/base", "--data", "data/text/validation")
     text = built.answer("evaluate", "exports/base", "--data", "kept.txt")
