@@ -33,12 +33,12 @@ def test_fixed_field_is_refused_and_fork_starts_from_the_weights(reference: Runs
 
 
 def test_length_and_learning_rate_may_change_and_are_announced(reference: Runs) -> None:
-    reference.copy("reference", "longer")
+    reference.copy("reference", "extended")
     more = {"global_batch_tokens": 512, "micro_batch_sequences": 1, "steps": 24, "seed": 3}
-    done = reference.train("longer", train=more, optimizer={"learning_rate": 1e-3, "warmup_steps": 4})
+    done = reference.train("extended", train=more, optimizer={"learning_rate": 1e-3, "warmup_steps": 4})
     assert "train.steps: 20 -> 24" in done.stdout and "optimizer.learning_rate: 0.005 -> 0.001" in done.stdout
-    assert len(reference.metrics("longer")) == 24
-    changes = [event["change"] for event in reference.events("longer") if event["event"] == "recipe changed"]
+    assert len(reference.metrics("extended")) == 24
+    changes = [event["change"] for event in reference.events("extended") if event["event"] == "recipe changed"]
     assert len(changes) == 2
 
 

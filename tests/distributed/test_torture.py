@@ -24,7 +24,7 @@ MODES = ("starting", "step", "step", "saving", "saving", "rank", "disk")
 def small_disk(runs: Runs) -> Iterator[Path]:
     """The run directory `tortured`, a file system of its own."""
     folder = runs.directory("tortured")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True, text=True
     )
