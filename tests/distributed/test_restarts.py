@@ -46,7 +46,7 @@ def test_a_stopped_group_goes_on_by_itself(reference: Runs) -> None:
 
 @pytest.mark.full
 def test_a_crash_that_comes_again_is_given_up(runs: Runs) -> None:
-    live = runs.start("hopeless", faults={"restarts": 1})
+    live = runs.start("crashing", faults={"restarts": 1})
     for generation in (1, 2):
         live.wait_until((live.directory / "heartbeats" / f"generation_{generation:06d}" / "rank_00000.json").exists)
         live.ranks()[0].kill()
@@ -54,7 +54,7 @@ def test_a_crash_that_comes_again_is_given_up(runs: Runs) -> None:
             live.wait_until(lambda: "restart 1 of at most 1" in live.log.read_text())
     assert live.process.wait(timeout=60) == 86
     assert re.search(r"rank 0 \(process \d+ on \S+\) was killed by SIGKILL[^\n]*\n\Z", live.log.read_text())
-    assert [event["event"] for event in runs.events("hopeless") if event["event"] != "start"][-1] == "failed"
+    assert [event["event"] for event in runs.events("crashing") if event["event"] != "start"][-1] == "failed"
 
 
 @pytest.mark.full
