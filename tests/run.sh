@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and tests. `tests/run.sh` takes about 10 minutes on 2 cores; `--full` runs everything; other arguments go to pytest.
+# Checks and tests. `tests/run.sh` takes about 8 minutes on 2 cores; `--full` runs everything; other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh
