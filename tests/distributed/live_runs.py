@@ -132,6 +132,10 @@ class Live:
         file = self.directory / "metrics.jsonl"
         return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
 
+    def has_checkpoint(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is committed, which comes some steps after it."""
+        return (self.directory / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
+
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the ranks, once the launcher has started them."""
         children = psutil.Process(self.process.pid).children()

@@ -27,7 +27,7 @@ def assert_same_run(runs: Runs, name: str, expected: str) -> None:
 def kill_after(runs: Runs, name: str, step: int, **changes: Any) -> int:
     """Start a run and kill it when it has passed `step`; returns the last step that it wrote."""
     live = runs.start(name, **changes)
-    live.wait_until(lambda: live.last_step() > step)
+    live.wait_until(lambda: live.last_step() > step and live.has_checkpoint(10))
     live.kill()
     return live.last_step()
 

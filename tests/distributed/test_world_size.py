@@ -61,7 +61,7 @@ def test_checkpoint_goes_on_at_another_world_size(reference: Runs) -> None:
 def test_killed_on_2_ranks_and_gone_on_with_1_sees_the_same_samples(reference: Runs) -> None:
     """SIGKILL, then another number of ranks and of threads that read ahead: no sample is lost or comes twice."""
     live = reference.start("killed-elastic")
-    live.wait_until(lambda: live.last_step() > 10)
+    live.wait_until(lambda: live.last_step() > 10 and live.has_checkpoint(10))
     live.kill()
     data = {"train": [{"path": "data/train"}], "validation": "data/validation", "sequence_length": 64, "workers": 3}
     done = reference.train("killed-elastic", processes=1, data=data)
