@@ -360,6 +360,26 @@ def chat(
     run_chat(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
 
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from this host only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer everyone, without the printed token.")] = False,
+) -> None:
+    """Serve a model with an OpenAI-compatible interface; Ctrl-C ends.
+
+    Prints its address, the model's name and a token, made anew each time, which requests must carry as their API key.
+
+    Example: `trainyard serve exports/quickstart-chat --port 8000`
+    """
+    from gpt.serve import serve as run_serve
+
+    run_serve(model, host=host, port=port, authenticate=not no_auth)
+
+
 def _print_values(values: dict[str, Any]) -> None:
     """One line a value, nested ones with their keys joined by dots."""
     for name, value in _flatten(values):
