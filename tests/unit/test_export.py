@@ -178,7 +178,7 @@ def test_newest_or_given_step(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_process_gate")
 def test_a_checkpoint_without_probe_is_exported_only_where_ungated_allows_it_and_marked(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run", make_model(), probe=False)
-    with pytest.raises(ValueError, match="has no probe of the live engine, .* --ungated exports it all the same"):
+    with pytest.raises(ValueError, match=r"has no probe of the live engine, .* --ungated exports it all the same"):
         export_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     lines: list[str] = []
