@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from gpt.gguf_gate import GGUF_NAME
+
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' model types and llama.cpp's names for them."""
-
-GGUF_NAME = "model.gguf"
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,21 +36,19 @@ _PRE_TOKENIZERS = {
 
 def check_convertible(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError, with the reason, where this model and tokenizer cannot be written as GGUF."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--gguf needs the package gguf: pip install --constraint constraints.txt gguf.") from error
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise ValueError(f"A {kind} model cannot be written as GGUF; {', '.join(ARCHITECTURES)} can. Leave --gguf out.")
     rope = dict(config.rope_parameters)
-    needed = {
+    needed: dict[str, tuple[Any, Any]] = {
         "hidden_act": (config.hidden_act, "silu"),
         "rope_type": (rope.get("rope_type", "default"), "default"),
         "attention_bias": (bool(getattr(config, "attention_bias", False)), False),
         "mlp_bias": (bool(getattr(config, "mlp_bias", False)), False),
         "sliding window": (_sliding_window(config), None),
     }
+    if kind == "qwen3":  # transformers' reader, which the result is checked with, takes it for granted
+        needed["head_dim"] = (config.head_dim, 128)
     for name, (value, expected) in needed.items():
         if value != expected:
             raise ValueError(f"A {kind} model with {name} {value} cannot be written as GGUF, only with {expected}.")
@@ -95,8 +94,6 @@ def write_gguf(folder: Path, name: str) -> None:
 
     Vectors (norms, biases) are fp32, as llama.cpp wants them. Raises ValueError as `check_convertible` does.
     """
-    import gguf
-
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     check_convertible(config, tokenizer)
     architecture = ARCHITECTURES[config.model_type]
@@ -122,13 +119,21 @@ def write_gguf(folder: Path, name: str) -> None:
     writer.close()
 
 
+def add_gguf(folder: Path, name: str, report: dict[str, Any]) -> None:
+    """Write the GGUF file of a folder that passed its gate, and add the checks of the file to the gate's `report`."""
+    if report["passed"]:
+        write_gguf(folder, name)
+        report["checks"] += run_gguf_gate(folder)
+        report["passed"] = all(check["passed"] for check in report["checks"])
+
+
 def run_gguf_gate(folder: Path) -> list[dict[str, Any]]:
     """Read the folder's GGUF file back in a fresh isolated Python, by `gguf_gate.py`; returns its checks.
 
     A file that cannot be read at all gives a check that did not pass.
     """
     result = subprocess.run(
-        [sys.executable, "-I", str(Path(__file__).with_name("gguf_gate.py")), str(folder), GGUF_NAME],
+        [sys.executable, "-I", str(Path(__file__).with_name("gguf_gate.py")), str(folder)],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -175,8 +180,6 @@ def _end_tokens(folder: Path) -> list[int]:
 
 
 def _add_model(writer: Any, config: PreTrainedConfig, name: str) -> None:
-    import gguf
-
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kind = {"bfloat16": "MOSTLY_BF16", "float16": "MOSTLY_F16", "float32": "ALL_F32"}[str(config.dtype).split(".")[-1]]
     writer.add_type("model")
@@ -199,17 +202,15 @@ def _add_model(writer: Any, config: PreTrainedConfig, name: str) -> None:
 
 def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: list[int]) -> None:
     """Vocabulary, merges, special tokens and chat template; rows of the model beyond them are unused tokens."""
-    from gguf import TokenType
-
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {index: token for token, index in tokenizer.get_vocab().items()}
-    kinds = dict.fromkeys(names, TokenType.NORMAL)
+    kinds = dict.fromkeys(names, gguf.TokenType.NORMAL)
     for index, token in tokenizer.added_tokens_decoder.items():
-        kinds[index] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+        kinds[index] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
     writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(vocabulary)])
-    writer.add_token_types([kinds.get(index, TokenType.UNUSED) for index in range(vocabulary)])
+    writer.add_token_types([kinds.get(index, gguf.TokenType.UNUSED) for index in range(vocabulary)])
     pairs = definition["model"]["merges"]
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in pairs])
     end = int(tokenizer.eos_token_id)

@@ -34,7 +34,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         systemone_handler=unused,
         generation_state=state,
     )
-    for kind in (ValueError, KeyError, TemplateError):
+    for kind in (HTTPException, ValueError, KeyError, TemplateError):
         app.add_exception_handler(kind, _refuse)
     return _Gate(app, token)
 
@@ -103,6 +103,8 @@ def _bound(model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> Non
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException):
+        return _error(error.status_code, str(error.detail))
     return _error(400, f"The request cannot be answered: {type(error).__name__}: {' '.join(str(error).split())}")
 
 

@@ -292,6 +292,7 @@ def export(
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
     ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also write the model as one file for llama.cpp.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
@@ -302,7 +303,7 @@ def export(
 
     with _answer(as_json) as answer:
         with _progress("export") as progress:
-            report = export_run(source, out, step=step, dtype=dtype, ungated=ungated, progress=progress)
+            report = export_run(source, out, step=step, dtype=dtype, ungated=ungated, gguf=gguf, progress=progress)
         answer(report)
         if not as_json:
             _print_values(report)
