@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,13 +117,33 @@ class Runs:
         lines = (self.directory(name) / "events.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def start(self, name: str, *arguments: str, processes: int = 2, log: str = "", **changes: Any) -> "Live":
-        """Begin a run in its own process group; `log` names its output where a run is started more than once."""
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        processes: int = 2,
+        log: str = "",
+        prefix: Sequence[str] = (),
+        **changes: Any,
+    ) -> "Live":
+        """Begin a run in its own process group; `log` names its output where a run is started more than once, `prefix`
+        is a command that starts the one behind it."""
         recipe = self.write_recipe(name, **changes)
         log_file = self.folder / f"{name}{log}.log"
         words = ["train", str(recipe), "--processes", str(processes), *arguments]
-        with log_file.open("w", encoding="utf-8") as log:
-            process = Forked(words, cwd=self.folder, output=log, errors=log, env=environment())
+        with log_file.open("w", encoding="utf-8") as output:
+            process = (
+                subprocess.Popen(
+                    [*prefix, *CLI, *words],
+                    cwd=self.folder,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(),
+                    start_new_session=True,
+                )
+                if prefix
+                else Forked(words, cwd=self.folder, output=output, errors=output, env=environment())
+            )
         return Live(process, self.directory(name), log_file)
 
 
