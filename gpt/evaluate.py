@@ -21,7 +21,7 @@ from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths
 from gpt.batch import MicroBatch, micro_batches
 from gpt.checkpoint.format import Greedy
 from gpt.checkpoint.read import load_plain_model, open_checkpoint
-from gpt.export import trained_on_chat
+from gpt.export_source import trained_on_chat
 from gpt.generate import DEVICE_MAPS, DTYPES, Loading, input_device, load_model
 from gpt.loss import count_correct, cross_entropy_sum
 from gpt.metrics import Evaluation, Record
