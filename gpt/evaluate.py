@@ -183,10 +183,7 @@ def evaluate_task(
     `predictions` gets a line for each question. Raises as `evaluate_path`, and ValueError for a bad task or question.
     """
     task, questions = load_task(task_file)
-    model, tokenizer_path, _ = _load(source, loading)
-    tokenizer = load_tokenizer(tokenizer_path)
-    if is_run_directory(str(source)) and not trained_on_chat(open_checkpoint(source).manifest):
-        tokenizer.chat_template = None  # the model knows nothing of its turns; export leaves it out, too
+    model, tokenizer = _load_with_tokenizer(source, loading)
     if isinstance(task, MultipleChoice):
         scored = score_multiple_choice(model, tokenizer, task, questions, progress)
     else:
@@ -196,6 +193,21 @@ def evaluate_task(
         predictions.write_text("".join(lines), encoding="utf-8")
     about = {"task": str(task_file), "kind": task.kind, "examples": len(questions), **scored.facts}
     return {**about, "scores": scored.scores()}
+
+
+def evaluate_harness(source: Path, tasks: Path, *, loading: Loading | None = None) -> dict[str, Any]:
+    """Score a run directory or a Hugging Face folder on local tasks of lm-evaluation-harness. Raises as it does."""
+    from gpt.harness import evaluate_with_harness
+
+    return evaluate_with_harness(*_load_with_tokenizer(source, loading), tasks)
+
+
+def _load_with_tokenizer(source: Path, loading: Loading | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    model, tokenizer_path, _ = _load(source, loading)
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_path)
+    if is_run_directory(str(source)) and not trained_on_chat(open_checkpoint(source).manifest):
+        tokenizer.chat_template = None  # the model knows nothing of its turns; export leaves it out, too
+    return model, tokenizer
 
 
 def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:

@@ -363,6 +363,9 @@ def evaluate(
     source: Annotated[Path, typer.Argument(help="Run directory or model folder.")],
     data: Annotated[Path | None, typer.Option(help="Folder of token shards, or a text file.")] = None,
     task: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Questions with right answers.")] = None,
+    lm_eval: Annotated[
+        Path | None, typer.Option(help="Task file of lm-evaluation-harness, or a folder of them (extra eval).")
+    ] = None,
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="With --task: gets a line for each question.")
     ] = None,
@@ -379,12 +382,12 @@ def evaluate(
     offload_folder: OffloadFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """How good a run or a model folder is on held-out text, or on the questions of a task.
+    """How good a run or a model folder is on held-out text, on the questions of a task, or on the harness's tasks.
 
     Example: `trainyard evaluate runs/quickstart-pretrain --data data/shakespeare/validation --json`
     """
-    if (data is None) == (task is None) or (predictions is not None and task is None):
-        raise typer.BadParameter("give either --data, or --task, which --predictions belongs to")
+    if [data, task, lm_eval].count(None) != 2 or (predictions is not None and task is None):
+        raise typer.BadParameter("give one of --data, --task (which --predictions belongs to) and --lm-eval")
     from gpt import evaluate as run
     from gpt.generate import Loading
 
@@ -398,6 +401,8 @@ def evaluate(
                 )
             elif task is not None:
                 result = run.evaluate_task(source, task, loading=loading, predictions=predictions, progress=progress)
+            elif lm_eval is not None:
+                result = run.evaluate_harness(source, lm_eval, loading=loading)
         answer(result)
         if not as_json:
             _print_values(result)
