@@ -105,7 +105,7 @@ def run_workers(
             reason = f"ended by {number.name} without saving"
             print(f"trainyard: {reason}; all workers of this host have ended", file=sys.stderr, flush=True)
             if stop.directory is not None:
-                details = {"kind": "second signal", "signal": number.name, "reason": reason}
+                details = {"failure": "second signal", "signal": number.name, "reason": reason}
                 _record(recipe, stop.directory, "failed", exit_code=128 + number, **details)
             return 128 + number
     raise AssertionError("the last start returns")
@@ -117,8 +117,8 @@ class _Outcome:
 
     exit_code: int
     details: dict[str, Any] = field(default_factory=dict)
-    """For events.jsonl: `reason` in one line; of a failure its `kind` (refused, exception, killed, exit or hang) and,
-    where they are known, `rank`, `signal` or `rank_exit_code`, `out_of_memory`, and the `file` that says more."""
+    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, exception, killed, exit or hang) and
+    as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, and the `file` that says more."""
     may_start_again: bool = False
     """Whether another start may help."""
 
@@ -220,6 +220,8 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
     `errors` is where a worker leaves why it refused (`rank_N.txt`) or failed (`rank_N.traceback.txt`).
     """
     before = dict(os.environ)
+    if own := environment.own_settings(processes):
+        print(f"environment: your own settings stay: {', '.join(own)}", flush=True)
     os.environ.update(environment.worker_environment(processes))
     os.environ["TRAINYARD_RECIPE"] = json.dumps(recipe.model_dump(mode="json"))
     os.environ["TRAINYARD_ERROR_DIRECTORY"] = str(errors)
@@ -306,11 +308,11 @@ def _explain(
     traceback."""
     place = f"trainyard: what every rank printed: {logs}"
     if hang is not None:
-        found = {"kind": "hang", "reason": hang, "file": f"logs/{logs.name}"}
+        found = {"failure": "hang", "reason": hang, "file": f"logs/{logs.name}"}
         return _Outcome(HANG_EXIT_CODE, found, may_start_again=True), [place, f"trainyard: error: {hang}"]
     refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(logs.glob("rank_*[0-9].txt"))]
     if refusals := list(dict.fromkeys(refusals)):
-        found = {"kind": "refused", "reason": "; ".join(refusals), "file": f"logs/{logs.name}"}
+        found = {"failure": "refused", "reason": "; ".join(refusals), "file": f"logs/{logs.name}"}
         return _Outcome(1, found), [f"trainyard: error: {sentence}" for sentence in refusals]
     tracebacks = {_rank_of(file): file for file in logs.glob("rank_*.traceback.txt")}
     sigkill, out_of_memory = explain_sigkill(oom_kills_before, oom_kills())
@@ -323,10 +325,10 @@ def _explain(
         f"{_worker(rank, failure)} ended with exit code {failure.exitcode} and left no traceback"
         for rank, failure in silent.items()
     ]
-    details: dict[str, Any] = {"kind": "exit", "reason": "; ".join(causes), "file": f"logs/{logs.name}"}
+    details: dict[str, Any] = {"failure": "exit", "reason": "; ".join(causes), "file": f"logs/{logs.name}"}
     if killed:
         number, sentences = next(iter(killed.items()))
-        details |= {"kind": "killed", "rank": min(sentences), "signal": number.name}
+        details |= {"failure": "killed", "rank": min(sentences), "signal": number.name}
         details |= {"out_of_memory": out_of_memory} if number is signal.SIGKILL else {}
     elif silent:
         details |= {"rank": min(silent), "rank_exit_code": silent[min(silent)].exitcode}
@@ -338,10 +340,10 @@ def _explain(
         causes.append(f"rank {first} on {socket.gethostname()} failed:\n{text}")
         reason = f"rank {first} on {socket.gethostname()} failed: {text.splitlines()[-1]}"
         file = f"logs/{logs.name}/{tracebacks[first].name}"
-        details = {"kind": "exception", "reason": reason, "rank": first, "file": file}
+        details = {"failure": "exception", "reason": reason, "rank": first, "file": file}
         outcome = _Outcome(1, details, may_start_again=True)
     elif ended := {f.exitcode for f in silent.values()} & {128 + number for number in SIGNALS}:
-        outcome = _Outcome(min(ended), details | {"kind": "second signal"})  # to a rank
+        outcome = _Outcome(min(ended), details | {"failure": "second signal"})  # to a rank
     else:
         outcome = _Outcome(HANG_EXIT_CODE if killed else 1, details, may_start_again=True)
     return outcome, [place, *(f"trainyard: error: {cause}" for cause in causes)]

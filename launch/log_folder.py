@@ -47,6 +47,6 @@ def refusals_recorded(run_directory: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
             if run_directory.is_dir():
-                details = {"kind": "refused", "reason": " ".join(str(error).split()), "host": socket.gethostname()}
+                details = {"failure": "refused", "reason": " ".join(str(error).split()), "host": socket.gethostname()}
                 record_outcome(log_directory(run_directory), "failed", exit_code=1, **details)
         raise

@@ -82,10 +82,13 @@ def newest_outcome(facts: RunFacts) -> Event | None:
     restart = facts.last("restart")
     since = max(since, restart["time"]) if restart is not None else since
     found = [outcome for outcome in facts.outcomes if outcome["time"] >= since]
-    # a rank whose peer has died fails, too, in another words; a start that was refused later says why none runs now
-    refused = [outcome for outcome in found if outcome.get("kind") == "refused" and outcome["generation"] is None]
+    refused = [outcome for outcome in found if outcome.get("failure") == "refused" and outcome["generation"] is None]
+    # a rank whose peer on another host has died fails, too, in other words
     order = {"killed": 0, "exit": 1, "exception": 2}
-    first = sorted((o for o in found if o not in refused), key=lambda o: (order.get(o.get("kind", ""), 3), o["time"]))
+    first = sorted(
+        (outcome for outcome in found if outcome not in refused),
+        key=lambda outcome: (order.get(outcome.get("failure", ""), 3), outcome["time"]),
+    )
     return refused[-1] if refused else first[0] if first else None
 
 
@@ -216,7 +219,7 @@ def _remarks(facts: RunFacts, state: State) -> list[str]:
         remarks += [
             f"another start was refused at {clock(outcome['time'])}: {outcome['reason']}"
             for outcome in facts.outcomes[-1:]
-            if outcome["generation"] is None and outcome.get("kind") == "refused"
+            if outcome["generation"] is None and outcome.get("failure") == "refused"
         ]
     return remarks
 

@@ -154,7 +154,7 @@ class HangWatch:
             if time.monotonic() > deadline:
                 print(f"trainyard: error: {self.hang}; it cannot be killed", file=sys.stderr, flush=True)
                 with contextlib.suppress(OSError):
-                    record_outcome(self._logs, "failed", kind="hang", exit_code=HANG_EXIT_CODE, reason=self.hang)
+                    record_outcome(self._logs, "failed", failure="hang", exit_code=HANG_EXIT_CODE, reason=self.hang)
                 os._exit(HANG_EXIT_CODE)
             time.sleep(0.1)
 

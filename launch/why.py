@@ -103,7 +103,7 @@ def _failed(facts: RunFacts, state: State) -> Explanation:
         "hang": _ended_hang,
         "second signal": _second_signal,
     }
-    found = kinds.get(outcome.get("kind", ""), _ended)(facts, outcome)
+    found = kinds.get(outcome.get("failure", ""), _ended)(facts, outcome)
     before = _same_failure_before(facts, outcome)
     if before is None:
         return found
@@ -223,7 +223,7 @@ def _dead(facts: RunFacts, state: State) -> Explanation:
 def _said(event: Event) -> dict[str, str]:
     """An event, or what a launcher left beside its logs, as evidence."""
     file = "events.jsonl" if event.get("generation") is not None else f"{event.get('file', 'logs')}/outcome.json"
-    skipped = ("time", "event", "generation", "reason", "kind", "file")
+    skipped = ("time", "event", "generation", "reason", "failure", "file")
     details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in skipped and v not in (None, []))
     parts = [event.get("event", ""), str(event.get("reason") or ""), details]
     return {"file": file, "says": f"{clock(event.get('time', 0.0))} " + "; ".join(part for part in parts if part)}
