@@ -333,6 +333,9 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder of the model to write; must not exist or be empty.")],
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
+    ungated: Annotated[
+        bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
@@ -343,7 +346,7 @@ def export(
 
     with _answer(as_json) as answer:
         with _progress("export") as progress:
-            report = export_run(source, out, step=step, dtype=dtype, progress=progress)
+            report = export_run(source, out, step=step, dtype=dtype, ungated=ungated, progress=progress)
         answer(report)
         if not as_json:
             _print_values(report)

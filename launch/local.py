@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -26,9 +25,10 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gpt.heartbeat import read_beats
-from gpt.run_directory import SupersededError, claimed_from, newest_generation
+from gpt.run_directory import SupersededError, claimed_from, host_label, newest_generation
 from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS
 from launch import environment
+from launch.hosts import HostSigns, Route, find_route
 from launch.log_folder import log_directory, record_outcome
 from launch.out_of_memory import explain_sigkill, oom_kills
 from launch.watch import HANG_EXIT_CODE, HangWatch
@@ -77,10 +77,14 @@ def run_workers(
         ValueError: numbers that do not fit together.
         OSError: the hosts did not meet in MEETING_TIMEOUT_SECONDS, or the run directory is not writable.
     """
-    config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
+    route = _find_route(processes, nodes, node_rank, rendezvous)
     ranks = range(node_rank * processes, (node_rank + 1) * processes)
     restarts = recipe.faults.restarts if nodes == 1 else 0
-    with _stop_signals() as stop:
+    with _stop_signals() as stop, _host_environment(route), contextlib.ExitStack() as stack:
+        signs = None
+        if route is not None and nodes > 1:
+            signs = HostSigns(route, node_rank, nodes, os.environ["TRAINYARD_HOST"])
+            stack.enter_context(signs.exchanged())
         try:
             for restart in range(restarts + 1):
                 stop.directory = log_directory(recipe.run_directory(), restart)
@@ -89,7 +93,8 @@ def run_workers(
                     reason = "stopped on request while no rank ran"
                     _record(recipe, stop.directory, "stopped", exit_code=STOPPED_EXIT_CODE, reason=reason)
                     return STOPPED_EXIT_CODE
-                outcome = _run_group(recipe, config, ranks, stop.directory)
+                config = _launch_config(recipe, processes, nodes, node_rank, route)
+                outcome = _run_group(recipe, config, ranks, stop.directory, signs)
                 if outcome.exit_code:
                     signals = [number.name for number in stop.received]
                     details = {"exit_code": outcome.exit_code, "signals": signals, **outcome.details}
@@ -99,7 +104,6 @@ def run_workers(
                 reason = outcome.details["reason"]
                 print(f"trainyard: restart {restart + 1} of at most {restarts}, since {reason}", file=sys.stderr)
                 _record(recipe, stop.directory, "restart", number=restart + 1, reason=reason)
-                config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
         except SignalException:
             number = stop.received[-1]
             reason = f"ended by {number.name} without saving"
@@ -126,11 +130,13 @@ class _Outcome:
         return "stopped" if self.exit_code == STOPPED_EXIT_CODE else "failed"
 
 
-def _run_group(recipe: "Recipe", config: LaunchConfig, ranks: range, directory: Path) -> _Outcome:
+def _run_group(
+    recipe: "Recipe", config: LaunchConfig, ranks: range, directory: Path, signs: HostSigns | None
+) -> _Outcome:
     """Start the workers once and wait for their end; what went wrong is said on stderr."""
     logs = RankLogs(directory)
     config.logs_specs = logs
-    watch = HangWatch(recipe.run_directory(), directory, ranks, recipe.faults)
+    watch = HangWatch(recipe.run_directory(), directory, ranks, recipe.faults, signs)
     oom_kills_before = oom_kills()
     with _environment_for(recipe, len(ranks), directory):
         try:
@@ -164,7 +170,7 @@ def _record(recipe: "Recipe", logs: Path, event: str, **details: Any) -> None:
     else as `outcome.json` beside its logs."""
     run = recipe.run_directory()
     steps = [beat.step for beat in read_beats(run, newest_generation(run)).values() if beat.launcher == os.getpid()]
-    details = {"host": socket.gethostname(), **details, "step": max(steps, default=None)}
+    details = {"host": host_label(), **details, "step": max(steps, default=None)}
     with contextlib.suppress(OSError):  # the file system may be what failed
         with contextlib.suppress(SupersededError):
             if owner := claimed_from(run, os.getpid()):
@@ -173,15 +179,18 @@ def _record(recipe: "Recipe", logs: Path, event: str, **details: Any) -> None:
         record_outcome(logs, event, **details)
 
 
-def _launch_config(
-    recipe: "Recipe", processes: int, nodes: int, node_rank: int, rendezvous: str | None
-) -> LaunchConfig:
+def _find_route(processes: int, nodes: int, node_rank: int, rendezvous: str | None) -> Route | None:
+    """The way to the meeting point; None where all workers are on this host and it is found without one."""
     if processes < 1 or nodes < 1:
         raise ValueError(f"--processes and --nodes are at least 1; given: {processes} and {nodes}")
     if not 0 <= node_rank < nodes:
         raise ValueError(f"--node-rank is {node_rank}, but {nodes} node(s) have ranks 0 to {nodes - 1}")
     if nodes > 1 and rendezvous is None:
         raise ValueError(f"{nodes} nodes need --rendezvous HOST:PORT, an address of node 0 that all nodes reach")
+    return None if rendezvous is None else find_route(rendezvous, node_rank)
+
+
+def _launch_config(recipe: "Recipe", processes: int, nodes: int, node_rank: int, route: Route | None) -> LaunchConfig:
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -195,22 +204,28 @@ def _launch_config(
         logs_specs=RankLogs(recipe.run_directory() / "logs"),
     )
     config.rdzv_configs["timeout"] = MEETING_TIMEOUT_SECONDS
-    if rendezvous is None:
+    if route is None:
         # port 0: the agent takes a free one and keeps it; nothing is guessed between choosing and using
         config.rdzv_backend, config.rdzv_endpoint, config.local_addr = "c10d", "127.0.0.1:0", "127.0.0.1"
         config.rdzv_configs["is_host"] = True
     else:
         # static: ranks follow node_rank and only host 0 listens; c10d sorts hosts by name and guesses which one listens
-        config.rdzv_backend, config.rdzv_endpoint = "static", _checked_endpoint(rendezvous)
+        config.rdzv_backend, config.rdzv_endpoint, config.local_addr = "static", route.endpoint, route.own_address
         config.rdzv_configs["rank"] = node_rank
     return config
 
 
-def _checked_endpoint(rendezvous: str) -> str:
-    host, colon, port = rendezvous.rpartition(":")
-    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
-        raise ValueError(f"--rendezvous is {rendezvous!r}, not HOST:PORT with a port from 1 to 65535")
-    return rendezvous
+@contextlib.contextmanager
+def _host_environment(route: Route | None) -> Iterator[None]:
+    """What is the same for all starts of this host's workers; undone afterwards."""
+    before = dict(os.environ)
+    if route is not None:
+        os.environ.update(environment.network_environment(route.interface, route.own_address))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
@@ -337,8 +352,8 @@ def _explain(
         # the other ranks' later tracebacks only say that this one went away; they are in the logs
         first = min(tracebacks, key=lambda rank: tracebacks[rank].stat().st_mtime_ns)
         text = tracebacks[first].read_text(encoding="utf-8").rstrip()
-        causes.append(f"rank {first} on {socket.gethostname()} failed:\n{text}")
-        reason = f"rank {first} on {socket.gethostname()} failed: {text.splitlines()[-1]}"
+        causes.append(f"rank {first} on {host_label()} failed:\n{text}")
+        reason = f"rank {first} on {host_label()} failed: {text.splitlines()[-1]}"
         file = f"logs/{logs.name}/{tracebacks[first].name}"
         details = {"failure": "exception", "reason": reason, "rank": first, "file": file}
         outcome = _Outcome(1, details, may_start_again=True)
@@ -371,4 +386,4 @@ def _others_failed(failures: dict[int, ProcessFailure]) -> bool:
 
 
 def _worker(rank: int, failure: ProcessFailure) -> str:
-    return f"rank {rank} (process {failure.pid} on {socket.gethostname()})"
+    return f"rank {rank} (process {failure.pid} on {host_label()})"

@@ -5,18 +5,19 @@ import contextlib
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from gpt.run_directory import host_label
 
 OUTCOME_NAME = "outcome.json"
 
 
 def log_directory(run_directory: Path, restart: int = 0) -> Path:
     """A new folder for this start's logs; its name tells time (UTC), host, launcher and which restart of it this is."""
-    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{socket.gethostname()}_{os.getpid()}"
+    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{host_label()}_{os.getpid()}"
     name += f"_restart{restart}" if restart else ""
     directory = run_directory / "logs" / name
     directory.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,6 @@ def refusals_recorded(run_directory: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
             if run_directory.is_dir():
-                details = {"failure": "refused", "reason": " ".join(str(error).split()), "host": socket.gethostname()}
+                details = {"failure": "refused", "reason": " ".join(str(error).split()), "host": host_label()}
                 record_outcome(log_directory(run_directory), "failed", exit_code=1, **details)
         raise

@@ -19,7 +19,7 @@ import yaml
 
 from gpt.checkpoint.format import MANIFEST_NAME, checkpoint_directory, list_checkpoints
 from gpt.heartbeat import Beat, read_beats
-from gpt.run_directory import claim_file, newest_generation
+from gpt.run_directory import claim_file, newest_generation, process_space
 from launch.log_folder import OUTCOME_NAME, launcher_of
 from launch.slurm_record import JobRecord, find_job
 
@@ -59,6 +59,11 @@ class RunFacts:
     @property
     def generation(self) -> int:
         return int(self.claim.get("generation", 0))
+
+    @property
+    def is_here(self) -> bool:
+        """Whether process numbers of the claim are this host's."""
+        return self.claim.get("process_space") == process_space()
 
     def last(self, *kinds: str) -> Event | None:
         """The newest event of these kinds."""
@@ -210,6 +215,10 @@ def _living_launcher(run: Path) -> str | None:
     with contextlib.suppress(ValueError):
         for folder in folders[-1:]:
             host, pid, began = launcher_of(folder)
-            if host == socket.gethostname() and is_running(pid, began) and not (folder / OUTCOME_NAME).exists():
+            if (
+                host.partition("@")[0] == socket.gethostname()
+                and is_running(pid, began)
+                and not (folder / OUTCOME_NAME).exists()
+            ):
                 return folder.name
     return None

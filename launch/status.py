@@ -1,7 +1,6 @@
 """`trainyard status`: the state of a run, from its directory alone."""
 
 import math
-import socket
 import statistics
 import time
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ def judge(facts: RunFacts) -> State:
         return State("not started", "no start has claimed the run directory")
     silent = facts.now - (facts.last_sign or facts.now)
     host = facts.claim["host"]
-    how = "its processes are gone" if host == socket.gethostname() else f"no sign of life from {host}"
+    how = "its processes are gone" if facts.is_here else f"no sign of life from {host}"
     return State("dead", f"{how}, nothing says why; the last sign was {duration(silent)} ago")
 
 
@@ -69,10 +68,10 @@ def _judge_living(facts: RunFacts, alive: list[Beat]) -> State:
 
 
 def is_alive(beat: Beat, facts: RunFacts) -> bool:
-    """Whether a rank lives: by its process on this host, elsewhere by the age of its heartbeat."""
+    """Whether a rank lives: by its process where that is on this host, else by the age of its heartbeat."""
     if beat.ended or facts.now - beat.time > facts.claim.get("stale_seconds", 60.0):
         return False
-    return beat.host != socket.gethostname() or is_running(beat.pid, beat.time)
+    return not (facts.is_here and beat.host == facts.claim["host"]) or is_running(beat.pid, beat.time)
 
 
 def newest_outcome(facts: RunFacts) -> Event | None:

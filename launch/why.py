@@ -203,12 +203,11 @@ def _dead(facts: RunFacts, state: State) -> Explanation:
         says = f"its last sign was at {clock(last)}, its time limit ended at {clock(job.limit_time)}"
         todo = SLURM_ENDS["TIMEOUT"][2]
         return Explanation("time limit", f"The time limit of job {job.job} ended it: {says}.", todo, evidence)
-    here = facts.claim["host"] == socket.gethostname()
-    if here and psutil.boot_time() > last:
+    if facts.claim["host"].partition("@")[0] == socket.gethostname() and psutil.boot_time() > last:
         headline = f"Its host was started anew at {clock(psutil.boot_time())}, after the run's last sign."
         return Explanation("host restarted", headline, GO_ON, evidence)
     ago = duration(facts.now - last)
-    if here:
+    if facts.is_here:
         headline = (
             f"It died without a word {ago} ago: launcher and ranks are gone and none wrote why, as after a SIGKILL of "
             f"the launcher, or of everything"

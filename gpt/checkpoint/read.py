@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -176,12 +177,11 @@ def open_checkpoint(run: Path, step: int | None = None) -> CheckpointReader:
     return CheckpointReader(checkpoint_directory(run, steps[-1] if step is None else step))
 
 
-def empty_model(manifest: Manifest, dtype: torch.dtype) -> PreTrainedModel:
-    """The transformers model of a checkpoint with unset parameters, for `no_init_weights` or the meta device.
+def empty_model(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model of the configuration `fields` with unset parameters, for the CPU or the meta device.
 
-    Raises ValueError for a model type that transformers does not know, or whose parameters are not the checkpoint's.
+    Raises ValueError for a model type that transformers does not know, or whose parameters do not have these `shapes`.
     """
-    fields = manifest.model_config_dict
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"The model type {model_type!r} of the checkpoint is unknown to this version of transformers.")
@@ -189,14 +189,13 @@ def empty_model(manifest: Manifest, dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    expected = {entry.name: tuple(entry.shape) for entry in manifest.parameters}
     actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if expected != actual:
-        names = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+    if shapes != actual:
+        names = sorted(name for name in shapes.keys() | actual.keys() if shapes.get(name) != actual.get(name))
         name = names[0]
         raise ValueError(
             f"The checkpoint's parameters are not those of its configuration: {name} has the shape "
-            f"{expected.get(name, 'none')} in the checkpoint and {actual.get(name, 'none')} in transformers' "
+            f"{shapes.get(name, 'none')} in the checkpoint and {actual.get(name, 'none')} in transformers' "
             f"{type(model).__name__} ({len(names)} differ)."
         )
     return model
@@ -210,7 +209,8 @@ def load_plain_model(source: Path, dtype: torch.dtype | None = None, *, step: in
     """
     reader = open_checkpoint(source, step)
     dtype = TORCH_DTYPES[reader.manifest.precision] if dtype is None else dtype
-    model = empty_model(reader.manifest, dtype)
+    shapes = {entry.name: tuple(entry.shape) for entry in reader.manifest.parameters}
+    model = empty_model(reader.manifest.model_config_dict, shapes, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_tensor(name).to(parameter.dtype))

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,21 @@ class Runs:
         lines = (self.directory(name) / "events.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def start(self, name: str, *arguments: str, processes: int = 2, log: str = "", **changes: Any) -> "Live":
-        """Begin a run in its own process group; `log` names its output where a run is started more than once."""
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        processes: int = 2,
+        log: str = "",
+        prefix: Sequence[str] = (),
+        **changes: Any,
+    ) -> "Live":
+        """Begin a run in its own process group; `log` names its output where a run is started more than once, `prefix`
+        is a command that starts the one behind it."""
         recipe = self.write_recipe(name, **changes)
         log_file = self.folder / f"{name}{log}.log"
         process = subprocess.Popen(
-            [*CLI, "train", str(recipe), "--processes", str(processes), *arguments],
+            [*prefix, *CLI, "train", str(recipe), "--processes", str(processes), *arguments],
             cwd=self.folder,
             stdout=log_file.open("w", encoding="utf-8"),
             stderr=subprocess.STDOUT,

@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from small_checkpoint import change_manifest, in_dtype, make_model, make_tokenizer, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt import export
+from gpt import export, export_check
 from gpt.checkpoint.files import VerifiedFile, hash_file
 from gpt.checkpoint.format import FileEntry, read_manifest, write_manifest
 from gpt.checkpoint.read import CheckpointReader, empty_model
-from gpt.export import end_tokens, expected_of, export_run, plan_tensors, run_tokenizer
+from gpt.export import export_run
+from gpt.export_check import end_tokens, expected_of
 from gpt.export_gate import _check_logits, check_folder, logit_tolerance
+from gpt.export_source import CheckpointWeights, run_tokenizer, source_of_run
+from gpt.export_weights import plan_tensors
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "bf16", {}),
@@ -172,6 +175,24 @@ def test_newest_or_given_step(tmp_path: Path) -> None:
     assert torch.equal(stored, make_model(seed=1).lm_head.weight.to(torch.bfloat16))
 
 
+@pytest.mark.usefixtures("in_process_gate")
+def test_a_checkpoint_without_probe_is_exported_only_where_ungated_allows_it_and_marked(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", make_model(), probe=False)
+    with pytest.raises(ValueError, match=r"has no probe of the live engine, .* --ungated exports it all the same"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    lines: list[str] = []
+    result = export_run(tmp_path / "run", tmp_path / "out", ungated=True, say=lines.append)
+    assert result["gated"] is False and "out was not checked against the training engine" in lines[-1]
+    report = report_of(tmp_path / "out")
+    assert report["gated"] is False and report["passed"], "its names, tokens and end tokens are right"
+    assert {check["check"] for check in report["checks"]} == {"tensors", "tokenizer", "end_tokens"}
+    assert "**Not checked against the training engine**" in (tmp_path / "out" / "README.md").read_text()
+    write_checkpoint(tmp_path / "with", make_model())
+    result = export_run(tmp_path / "with", tmp_path / "gated", ungated=True)
+    assert result["gated"] is True and "logits" in result["gate"], "where there is a probe it is always compared"
+
+
 def test_gate_process_passes_and_loads_with_transformers_alone(tmp_path: Path) -> None:
     model = make_model()
     write_checkpoint(tmp_path / "run", model, data_kind="chat")
@@ -202,7 +223,7 @@ def test_gate_process_fails_on_a_probe_of_other_weights_and_the_folder_says_so(t
 
 def test_a_gate_process_that_dies_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "run", make_model())
-    monkeypatch.setattr(export.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(export_check.sys, "executable", shutil.which("false"))
     with pytest.raises(ValueError, match=r"the folder could not be loaded and run: exit code 1\. .*out\.failed"):
         export_run(tmp_path / "run", tmp_path / "out")
 
@@ -211,13 +232,11 @@ def test_a_gate_process_that_dies_fails(tmp_path: Path, monkeypatch: pytest.Monk
 def good_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder that passes the gate, and what the gate expects of it."""
     base = tmp_path_factory.mktemp("good")
-    directory = write_checkpoint(base / "run", make_model(), data_kind="chat")
+    write_checkpoint(base / "run", make_model(), data_kind="chat")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "run_gate", check_folder)
         export_run(base / "run", base / "out")
-    manifest = read_manifest(directory)
-    tokenizer = run_tokenizer(base / "run", manifest)
-    return base / "out", expected_of(manifest, "bf16", tokenizer, end_tokens(tokenizer))
+    return base / "out", expected_of(source_of_run(base / "run"), "bf16")
 
 
 def failed_checks(folder: Path, expected: dict[str, Any]) -> set[str]:
@@ -401,9 +420,10 @@ def test_buffers_are_exported_in_their_own_dtype(tmp_path: Path) -> None:
     model = make_model()
     model.register_buffer("seen", torch.tensor([3, 1, 4]))
     directory = write_checkpoint(tmp_path / "run", model, probe=False)
+    weights = CheckpointWeights(CheckpointReader(directory))
     with torch.device("meta"):
-        empty = empty_model(read_manifest(directory), torch.bfloat16)
-    tensor = plan_tensors(CheckpointReader(directory), empty, torch.bfloat16)[-1]
+        empty = empty_model(weights.config, weights.shapes, torch.bfloat16)
+    tensor = plan_tensors(weights, empty, torch.bfloat16)[-1]
     assert (tensor.name, tensor.dtype, tensor.shape) == ("seen", "I64", (3,))
     assert torch.equal(tensor.read(), torch.tensor([3, 1, 4]))  # type: ignore[arg-type]
 

@@ -1,0 +1,135 @@
+"""What an export reads from: trained weights by name, and what else the folder tells of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gpt.checkpoint.format import Manifest, Precision, Probe
+from gpt.checkpoint.read import NORM_TOLERANCE, CheckpointReader, newest_manifest, open_checkpoint
+from gpt.model_card import card_of_run
+
+CHUNK_ELEMENTS = 1 << 20
+
+
+class WeightSource(Protocol):
+    """Trained weights, of which no more than a chunk needs to be in memory.
+
+    `directory` is named in messages, `precision` is the training dtype, and `config` the transformers configuration.
+    `shapes` has every parameter once, by the name that `named_parameters` gives it; `buffers` the persistent buffers.
+    """
+
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    @property
+    def buffers(self) -> list[str]: ...
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """A parameter's consecutive flattened pieces, of `CHUNK_ELEMENTS` at most, on the CPU and in the widest dtype
+        that there is (the fp32 master). Raises ValueError for one that is not what was recorded."""
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """A persistent buffer in its own shape and dtype."""
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """Weights and everything else that becomes a model folder.
+
+    Without a `probe` of the live engine the folder's logits cannot be checked. `facts` goes into `export_report.json`,
+    `card` (name and value) into the model card's table, `recipe` below it.
+    """
+
+    name: str
+    weights: WeightSource
+    tokenizer: PreTrainedTokenizerBase
+    probe: Probe | None
+    facts: dict[str, Any]
+    card: dict[str, str]
+    recipe: dict[str, Any] | None
+
+
+class CheckpointWeights:
+    """The weights of a `checkpoint/1`, verified by block checksum and by norm."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+        self.directory = reader.directory
+        self.precision: Precision = reader.manifest.precision
+        self.config = reader.manifest.model_config_dict
+        self.shapes = {entry.name: tuple(entry.shape) for entry in reader.manifest.parameters}
+        self.buffers = reader.manifest.buffers
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """As `WeightSource`; the pieces together have the norm that the live engine recorded."""
+        entry = self._reader.manifest.parameters[self._reader.index(name)]
+        square = 0.0
+        for start in range(0, entry.elements, CHUNK_ELEMENTS):
+            values = self._reader.read_range(entry.weights, name, start, min(CHUNK_ELEMENTS, entry.elements - start))
+            square += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+            yield values
+        norm, recorded = square**0.5, self._reader.manifest.norms.get(name, {}).get(entry.weights)
+        if recorded is None or not abs(norm - recorded) <= NORM_TOLERANCE * recorded:
+            raise ValueError(
+                f"{name} in {self.directory} has the L2 norm {norm:.9g}, but the live engine recorded {recorded}."
+            )
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """As `WeightSource`."""
+        return self._reader.read_buffer(name)
+
+
+def source_of_run(run: Path, step: int | None = None) -> ExportSource:
+    """The checkpoint of `step` of a run directory, the newest by default.
+
+    Raises as `open_checkpoint` and `run_tokenizer` do.
+    """
+    reader = open_checkpoint(run, step)
+    reader.check_sizes()
+    manifest = reader.manifest
+    length = (manifest.recipe.get("data") or {}).get("sequence_length")
+    return ExportSource(
+        name=str(manifest.recipe.get("name", run.name)),
+        weights=CheckpointWeights(reader),
+        tokenizer=run_tokenizer(run, manifest),
+        probe=manifest.probe,
+        facts={"step": manifest.step, "data_kind": manifest.data_kind, "sequence_length": length},
+        card=card_of_run(run, manifest),
+        recipe=manifest.recipe,
+    )
+
+
+def run_tokenizer(source: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
+    """The run's tokenizer: `tokenizer/` of the run directory, else the recipe's. Without its chat template when neither
+    this run nor the weights it began with saw chats, since the model then knows nothing of its turns."""
+    place = source / "tokenizer" if (source / "tokenizer").is_dir() else Path(str(manifest.recipe.get("tokenizer")))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"The run's tokenizer cannot be loaded from {place}: {error}") from error
+    if not trained_on_chat(manifest):
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+def trained_on_chat(manifest: Manifest) -> bool:
+    """Whether the weights have seen chats: in this run, or in the one (or the Hugging Face folder) it began with.
+
+    A Hugging Face folder with a chat template counts as trained on chats.
+    """
+    pretrained = (manifest.recipe.get("model") or {}).get("pretrained")
+    if manifest.data_kind != "text" or pretrained is None:
+        return manifest.data_kind != "text"
+    if (Path(pretrained) / "checkpoints").is_dir():
+        base = newest_manifest(Path(pretrained))
+        return base is not None and trained_on_chat(base)
+    return True
