@@ -14,7 +14,7 @@ from launch.run_facts import Event, RunFacts, is_running, read_facts
 TREND_STEPS = 20
 WATCH_SECONDS = 5.0
 """Slurm's controller is asked each time, too."""
-RUNNING_STATES = ("running", "starting", "hung")
+RUNNING_STATES = ("running", "starting", "hung", "ending")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class State:
     """What a run is doing."""
 
     name: str
-    """not started, waiting, starting, running, hung, stopped, finished, failed or dead."""
+    """not started, waiting, starting, running, hung, ending, stopped, finished, failed or dead."""
     reason: str
     """In a sentence."""
     outcome: Event | None = None
@@ -41,7 +41,12 @@ def judge(facts: RunFacts) -> State:
     if facts.job is not None and facts.job.is_waiting:
         last = f"; before, {outcome['reason']}" if outcome else ""
         return State("waiting", f"job {facts.job.job} is {facts.job.describe()}{last}", outcome)
+    if not facts.beats and facts.is_here and is_running(facts.claim["pid"], facts.claim["time"]):
+        return State("starting", "its first rank has claimed the run")
     if facts.launching is not None and (outcome is None or facts.launching not in str(outcome.get("file"))):
+        restart = facts.last("restart", "start", "continue")
+        if facts.beats and (restart is None or restart["event"] != "restart"):
+            return State("ending", f"its ranks are gone, its launcher is about to say why (logs/{facts.launching})")
         return State("starting", f"its launcher is alive, no rank has claimed the run yet (logs/{facts.launching})")
     if outcome is not None:
         return State("stopped" if outcome["event"] == "stopped" else "failed", outcome["reason"], outcome)
@@ -81,11 +86,12 @@ def newest_outcome(facts: RunFacts) -> Event | None:
     restart = facts.last("restart")
     since = max(since, restart["time"]) if restart is not None else since
     found = [outcome for outcome in facts.outcomes if outcome["time"] >= since]
-    refused = [outcome for outcome in found if outcome.get("failure") == "refused" and outcome["generation"] is None]
+    unclaimed = [o for o in found if o["generation"] is None and o.get("failure") == "refused"]
+    refused = [outcome for outcome in unclaimed if outcome["time"] > (facts.last_sign or 0.0)]
     # a rank whose peer on another host has died fails, too, in other words
     order = {"killed": 0, "exit": 1, "exception": 2}
     first = sorted(
-        (outcome for outcome in found if outcome not in refused),
+        (outcome for outcome in found if outcome not in unclaimed),
         key=lambda outcome: (order.get(outcome.get("failure", ""), 3), outcome["time"]),
     )
     return refused[-1] if refused else first[0] if first else None
