@@ -237,7 +237,8 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
     before = dict(os.environ)
     if own := environment.own_settings(processes):
         print(f"environment: your own settings stay: {', '.join(own)}", flush=True)
-    os.environ.update(environment.worker_environment(processes))
+    chosen = environment.worker_environment(processes)
+    os.environ.update(chosen)
     os.environ["TRAINYARD_RECIPE"] = json.dumps(recipe.model_dump(mode="json"))
     os.environ["TRAINYARD_ERROR_DIRECTORY"] = str(errors)
     for lock in environment.clear_stale_build_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
@@ -246,7 +247,11 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
         if name.startswith("torch.distributed.elastic"):  # the agent's own words; this file says what happened
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if "SLURM_JOB_ID" in os.environ and (shared := chosen.get("TORCH_EXTENSIONS_DIR")):
+                folder = stack.enter_context(environment.own_extensions(Path(shared)))
+                os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+            yield
     finally:
         os.environ.clear()
         os.environ.update(before)
