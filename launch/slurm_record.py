@@ -26,7 +26,7 @@ class JobRecord:
     started: dict[str, str]
     ended: dict[str, str]
     source: str
-    """Where the state is from: a command or a file."""
+    """The file below the run directory that the state is from; empty where Slurm itself has answered."""
 
     @property
     def state(self) -> str | None:
@@ -38,6 +38,10 @@ class JobRecord:
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 
     @property
+    def has_ended(self) -> bool:
+        return self.state is not None and not self.is_waiting and self.state not in ("RUNNING", "COMPLETING")
+
+    @property
     def limit_time(self) -> float | None:
         """When its time limit ends or ended, in seconds since the epoch."""
         with contextlib.suppress(ValueError):  # "Unknown"
@@ -47,6 +51,8 @@ class JobRecord:
 
     def describe(self) -> str:
         """One line."""
+        if self.state is None:
+            return "Slurm does not know it (any more), or is not here"
         reason = self.now.get("Reason", "None")
         fields = self.now or self.ended
         parts = [f"{self.state}"] + [f"reason {reason}"] * (reason not in ("None", ""))
@@ -78,7 +84,7 @@ def _record(run: Path, job: str) -> JobRecord:
         text = _ask(command)
         now = parse_job(text) if command[0] == "scontrol" else _parse_accounting(text)
         if "JobState" in now:
-            return JobRecord(job, now, started[1], ended[1], f"{command[0]} now")
+            return JobRecord(job, now, started[1], ended[1], "")
     return JobRecord(job, {}, started[1], ended[1], ended[0] or started[0])
 
 

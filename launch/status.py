@@ -39,7 +39,7 @@ def judge(facts: RunFacts) -> State:
     alive = [beat for beat in facts.beats if is_alive(beat, facts)]
     if alive:
         return _judge_living(facts, alive)
-    outcome = newest_outcome(facts)
+    outcome = facts.given_up or newest_outcome(facts)
     if facts.job is not None and facts.job.is_waiting:
         last = f"; before, {outcome['reason']}" if outcome else ""
         return State("waiting", f"job {facts.job.job} is {facts.job.describe()}{last}", outcome)
@@ -53,8 +53,11 @@ def judge(facts: RunFacts) -> State:
     if outcome is not None:
         return State("stopped" if outcome["event"] == "stopped" else "failed", outcome["reason"], outcome)
     if not facts.generation:
-        if facts.job is not None and facts.job.state == "RUNNING":
-            return State("starting", f"job {facts.job.job} runs, no rank has claimed the run yet")
+        job = facts.job
+        if job is not None and job.state == "RUNNING":
+            return State("starting", f"job {job.job} runs, no rank has claimed the run yet")
+        if job is not None and job.has_ended:
+            return State("failed", f"job {job.job} ended before a rank claimed the run: {job.describe()}")
         return State("not started", "no start has claimed the run directory")
     silent = facts.now - (facts.last_sign or facts.now)
     host = facts.claim["host"]

@@ -77,6 +77,7 @@ def _alive(facts: RunFacts, state: State) -> Explanation:
         "not started": (f"It has not begun: {state.reason}.", "start it with `trainyard train` or `trainyard submit`"),
     }
     evidence = _heartbeats(facts) if state.name in ("running", "starting") else []
+    evidence += _job_output(facts) if state.name == "not started" else []
     return Explanation(state.name, *headlines[state.name], evidence)
 
 
@@ -96,7 +97,14 @@ def _hung(facts: RunFacts, state: State) -> Explanation:
 
 
 def _failed(facts: RunFacts, state: State) -> Explanation:
-    outcome = state.outcome or {}
+    outcome = state.outcome
+    if outcome is None:
+        todo = "do what its output says, then submit it again"
+        return Explanation("job ended", f"It never began: {state.reason}.", todo, _job_output(facts))
+    if outcome is facts.given_up:
+        todo = "find what is behind the two failures (`logs/`), change it, and submit the run again"
+        last = [_said(event) for event in facts.outcomes[-2:]]
+        return Explanation("no progress", f"Its job gave up: {outcome['reason']}.", todo, [_said(outcome), *last])
     kinds: dict[str, Callable[[RunFacts, Event], Explanation]] = {
         "refused": _refused,
         "exception": _exception,
@@ -238,6 +246,12 @@ def _tail(facts: RunFacts, file: str) -> list[dict[str, str]]:
     return [{"file": file, "says": line.strip()} for line in lines[-TRACEBACK_LINES:]]
 
 
+def _job_output(facts: RunFacts) -> list[dict[str, str]]:
+    """The last lines that the newest job printed."""
+    files = sorted(facts.directory.glob("logs/slurm-*.out"), key=lambda file: file.stat().st_mtime)
+    return [line for file in files[-1:] for line in _tail(facts, f"logs/{file.name}")]
+
+
 def _signs(facts: RunFacts) -> list[Sign]:
     states = [None if is_alive(beat, facts) else "gone" for beat in facts.beats]
     return [
@@ -263,4 +277,5 @@ def _history(facts: RunFacts) -> list[dict[str, str]]:
 
 
 def _job(facts: RunFacts) -> list[dict[str, str]]:
-    return [{"file": facts.job.source, "says": facts.job.describe()}] if facts.job is not None else []
+    job = facts.job
+    return [{"file": job.source, "says": f"job {job.job}: {job.describe()}"}] if job is not None else []
