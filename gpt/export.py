@@ -21,6 +21,7 @@ from gpt.checkpoint.read import TORCH_DTYPES, empty_model
 from gpt.export_check import end_tokens, expected_of, run_gate
 from gpt.export_source import ExportSource, source_of_run
 from gpt.export_weights import Progress, plan_tensors, write_weights
+from gpt.gguf_export import add_gguf, check_convertible
 from gpt.model_card import UNKNOWN_LICENCE, model_card
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -47,13 +48,15 @@ def export_model(
     ungated: bool = False,
     licence: str = UNKNOWN_LICENCE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    gguf: bool = False,
     say: Callable[[str], None] = print,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source` as the Hugging Face folder `out`.
 
     `dtype` is bf16, fp16 or fp32, by default the training dtype. A source without a probe of the live engine is
-    exported only where `ungated` allows it. `progress(done_bytes, total_bytes)` is called while weights are written.
+    exported only where `ungated` allows it. With `gguf` the folder also holds the model as one file for llama.cpp,
+    which is read back and compared, too. `progress(done_bytes, total_bytes)` is called while weights are written.
     The folder is written under a temporary name, checked by `export_gate.py` in a fresh process and renamed; one that
     fails the gate is renamed `<out>.failed`. Returns what was written and, for each check of the gate, its sentence;
     the folder's `export_report.json` has the numbers.
@@ -73,9 +76,16 @@ def export_model(
     with torch.device("meta"):
         model = empty_model(source.weights.config, source.weights.shapes, TORCH_DTYPES[precision])
     _check_vocabulary(source.tokenizer, model)
+    if gguf:
+        check_convertible(model.config, source.tokenizer)
     tensors = plan_tensors(source.weights, model, TORCH_DTYPES[precision])
     total = sum(tensor.size_bytes for tensor in tensors)
-    _check_room(out, total, sum(parameter.numel() for parameter in model.parameters()), source.weights.precision)
+    _check_room(
+        out,
+        total * (2 if gguf else 1),
+        sum(parameter.numel() for parameter in model.parameters()),
+        source.weights.precision,
+    )
     expected = expected_of(source, precision)
     folder = out.parent / f".tmp-{out.name}"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
@@ -87,6 +97,8 @@ def export_model(
         text = model_card(source.name, card, source.recipe, licence=licence, gated=source.probe is not None)
         (folder / "README.md").write_text(text, encoding="utf-8")
         report = run_gate(folder, expected)
+        if gguf:
+            add_gguf(folder, out.name, report)
         _write_json(folder / "export_report.json", source.facts | report)
         _finish(folder, files)
         if not report["passed"]:

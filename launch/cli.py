@@ -380,6 +380,7 @@ def export(
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
     ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also write the model as one file for llama.cpp.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
@@ -390,7 +391,7 @@ def export(
 
     with _answer(as_json) as answer:
         with _progress("export") as progress:
-            report = export_run(source, out, step=step, dtype=dtype, ungated=ungated, progress=progress)
+            report = export_run(source, out, step=step, dtype=dtype, ungated=ungated, gguf=gguf, progress=progress)
         answer(report)
         if not as_json:
             _print_values(report)
@@ -449,6 +450,26 @@ def chat(
     from gpt.generate import chat as run_chat
 
     run_chat(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from this host only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer everyone, without the printed token.")] = False,
+) -> None:
+    """Serve a model with an OpenAI-compatible interface; Ctrl-C ends.
+
+    Prints its address, the model's name and a token, made anew each time, which requests must carry as their API key.
+
+    Example: `trainyard serve exports/quickstart-chat --port 8000`
+    """
+    from gpt.serve import serve as run_serve
+
+    run_serve(model, host=host, port=port, authenticate=not no_auth)
 
 
 def _print_values(values: dict[str, Any]) -> None:
