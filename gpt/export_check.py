@@ -30,9 +30,14 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(ends))
 
 
-def expected_of(source: ExportSource, precision: Precision) -> dict[str, Any]:
-    """What the gate holds the folder against: the live engine's probe, and samples of the run's own tokenizer."""
+def expected_of(source: ExportSource, precision: Precision, memory_bytes: int | None = None) -> dict[str, Any]:
+    """What the gate holds the folder against: the live engine's probe, samples of the run's own tokenizer, and, where
+    more than the training dtype is exported, the checkpoint's fp32 masters.
+
+    `memory_bytes` is what the gate may hold of the weights in memory; None: all.
+    """
     tokenizer = source.tokenizer
+    wider = precision == "fp32" and source.weights.precision != "fp32"
     chat = None
     if tokenizer.chat_template is not None:
         chat = {"messages": SAMPLE_CHAT, "ids": tokenizer.apply_chat_template(SAMPLE_CHAT, return_dict=False)}
@@ -40,6 +45,8 @@ def expected_of(source: ExportSource, precision: Precision) -> dict[str, Any]:
         "training_dtype": source.weights.precision,
         "exported_dtype": precision,
         "probe": source.probe.model_dump() if source.probe is not None else None,
+        "masters": str(source.masters) if source.masters is not None and wider else None,
+        "memory_bytes": memory_bytes,
         "tokenizer": {
             "text": SAMPLE_TEXT,
             "ids": tokenizer(SAMPLE_TEXT)["input_ids"],

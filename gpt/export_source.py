@@ -45,14 +45,16 @@ class WeightSource(Protocol):
 class ExportSource:
     """Weights and everything else that becomes a model folder.
 
-    Without a `probe` of the live engine the folder's logits cannot be checked. `facts` goes into `export_report.json`,
-    `card` (name and value) into the model card's table, `recipe` below it.
+    Without a `probe` of the live engine the folder's logits cannot be checked. `masters` is the folder of a
+    `checkpoint/1` whose fp32 weights the gate reads by itself, None for other sources. `facts` goes into
+    `export_report.json`, `card` (name and value) into the model card's table, `recipe` below it.
     """
 
     name: str
     weights: WeightSource
     tokenizer: PreTrainedTokenizerBase
     probe: Probe | None
+    masters: Path | None
     facts: dict[str, Any]
     card: dict[str, str]
     recipe: dict[str, Any] | None
@@ -102,6 +104,7 @@ def source_of_run(run: Path, step: int | None = None) -> ExportSource:
         weights=CheckpointWeights(reader),
         tokenizer=run_tokenizer(run, manifest),
         probe=manifest.probe,
+        masters=reader.directory,
         facts={"step": manifest.step, "data_kind": manifest.data_kind, "sequence_length": length},
         card=card_of_run(run, manifest),
         recipe=manifest.recipe,
