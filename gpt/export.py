@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from gpt.checkpoint.files import hash_file
 from gpt.checkpoint.format import FileEntry, Precision, fsync_directory
 from gpt.checkpoint.read import TORCH_DTYPES, empty_model
+from gpt.deepspeed_checkpoint import source_of_deepspeed
 from gpt.export_check import end_tokens, expected_of, run_gate
 from gpt.export_source import ExportSource, source_of_run
 from gpt.export_weights import Progress, plan_tensors, write_weights
@@ -37,6 +38,23 @@ def export_run(source: Path, out: Path, *, step: int | None = None, **options: A
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
     return export_model(source_of_run(Path(source), step), out, **options)
+
+
+def export_deepspeed(
+    source: Path,
+    out: Path,
+    *,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    trust_pickle: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Export what DeepSpeed's own `save_checkpoint` wrote: see `source_of_deepspeed` and `export_model`.
+
+    Raises as they do.
+    """
+    found = source_of_deepspeed(source, config=config, tokenizer=tokenizer, trust_pickle=trust_pickle)
+    return export_model(found, out, **options)
 
 
 def export_model(

@@ -18,7 +18,7 @@ def model_card(name: str, rows: dict[str, str], recipe: dict[str, Any] | None, *
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: {licence}\ntags: [trainyard]\n---",
-        f"# {name}\n\nA causal language model trained with Trainyard.\n\n| | |\n| --- | --- |\n{table}",
+        f"# {name}\n\nA causal language model, exported by Trainyard.\n\n| | |\n| --- | --- |\n{table}",
     ]
     if gated:
         parts.append(
