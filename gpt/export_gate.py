@@ -5,8 +5,8 @@ Run as `python -I export_gate.py FOLDER EXPECTED.json`; prints one JSON report; 
 - `training_dtype`, `exported_dtype`; the model is computed in the training dtype, since there the folder must give the
   live engine's own logits;
 - `probe`: the checkpoint's record of them; null: there is none, and the folder is not gated;
-- `masters`: the folder of a `checkpoint/1` whose fp32 master weights were exported, null in other cases: the folder is
-  also computed in fp32 and held against a forward of the masters, which are read from there by other code than export's;
+- `masters`: the folder of a `checkpoint/1` whose fp32 masters were exported, null in other cases: the export is
+  also computed in fp32 and held against a forward of these masters, read from there by other code than export's;
 - `tokenizer`: a sample of the training run's;
 - `memory_bytes`: what the weights may take in memory; null: all of them. The rest stays on disk, layer by layer.
 """
@@ -85,9 +85,7 @@ def _load(
         options = {"max_memory": get_max_memory() | {"cpu": memory_bytes}, "offload_folder": offload_folder}
     if torch.cuda.is_available() or memory_bytes is not None:
         options["device_map"] = "auto"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[dtype], output_loading_info=True, **options
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
     return loaded[0].eval(), loaded[1]
 
 
