@@ -29,6 +29,7 @@ from gpt.export_check import (
 )
 from gpt.export_source import CHUNK_ELEMENTS, ExportSource, source_of_run
 from gpt.export_weights import Progress, parse_size, plan_tensors, write_weights
+from gpt.gguf_export import add_gguf, check_convertible
 from gpt.model_card import UNKNOWN_LICENCE, check_licence, model_card
 
 MAX_SHARD_SIZE = "5GB"
@@ -81,13 +82,15 @@ def export_model(
     ungated: bool = False,
     licence: str = UNKNOWN_LICENCE,
     max_shard_size: str = MAX_SHARD_SIZE,
+    gguf: bool = False,
     say: Say = print,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source` as the Hugging Face folder `out`.
 
     `dtype` is bf16, fp16 or fp32, by default the training dtype. A source without a probe of the live engine is
-    exported only where `ungated` allows it. `progress(done_bytes, total_bytes)` is called while weights are written.
+    exported only where `ungated` allows it. With `gguf` the folder also holds the model as one file for llama.cpp,
+    which is read back and compared, too. `progress(done_bytes, total_bytes)` is called while weights are written.
     The folder is written under a temporary name, checked by `export_gate.py` in a fresh process and renamed; one that
     fails the gate is renamed `<out>.failed`. Returns what was written and, for each check of the gate, its sentence;
     the folder's `export_report.json` has the numbers.
@@ -103,9 +106,11 @@ def export_model(
     with torch.device("meta"):
         model = empty_model(source.weights.config, source.weights.shapes, TORCH_DTYPES[precision])
     _check_vocabulary(source.tokenizer, model)
+    if gguf:
+        check_convertible(model.config, source.tokenizer)
     tensors = plan_tensors(source.weights, model, TORCH_DTYPES[precision])
     expected = expected_of(source, precision)
-    expected["memory_bytes"] = _check_room(out, model, tensors, gate_memory(model, expected), say)
+    expected["memory_bytes"] = _check_room(out, model, tensors, gate_memory(model, expected), gguf, say)
     folder = out.parent / f".tmp-{out.name}"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
     folder.mkdir(parents=True)
@@ -113,6 +118,8 @@ def export_model(
         files = write_weights(folder, tensors, shard_bytes, progress)
         _write_configuration(folder, model, source.tokenizer, precision)
         report = run_gate(folder, expected)
+        if gguf:
+            add_gguf(folder, out.name, report)
         (folder / "README.md").write_text(model_card(source, precision, licence, report), encoding="utf-8")
         _write_json(folder / "export_report.json", source.facts | report)
         _finish(folder, files)
@@ -162,7 +169,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 
 
 def _check_room(
-    out: Path, model: PreTrainedModel, tensors: list[TensorToWrite], memory: GateMemory, say: Say
+    out: Path, model: PreTrainedModel, tensors: list[TensorToWrite], memory: GateMemory, gguf: bool, say: Say
 ) -> int | None:
     """Print what the export needs of disk and memory, then compare it with what there is.
 
@@ -172,7 +179,8 @@ def _check_room(
     joined = [p.numel() for name, p in model.named_parameters() if name not in names]
     writing = max([4 * CHUNK_ELEMENTS, *(2 * elements for elements in joined)]) * 4
     place = next(parent for parent in out.absolute().parents if parent.exists())
-    free, needed = shutil.disk_usage(place).free, sum(tensor.size_bytes for tensor in tensors) + OTHER_FILES_BYTES
+    weights = sum(tensor.size_bytes for tensor in tensors)
+    free, needed = shutil.disk_usage(place).free, weights * (2 if gguf else 1) + OTHER_FILES_BYTES
     available = available_memory_bytes()
     by_layer = available < memory.rest + memory.weights
     if by_layer:
@@ -185,6 +193,10 @@ def _check_room(
     )
     if free < needed:
         raise ValueError(f"The export needs {gib(needed)} of disk, but {place} has {gib(free)} free.")
+    if by_layer and gguf:
+        raise ValueError(
+            f"The check of the GGUF file loads the whole model, but {gib(available)} are too little; leave --gguf out."
+        )
     return memory.limit(available)
 
 

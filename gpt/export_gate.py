@@ -264,7 +264,7 @@ class _Masters(Mapping[str, torch.Tensor]):
 
     def buffer(self, name: str) -> torch.Tensor:
         """A persistent buffer, which rank 0 wrote."""
-        return self._read(min(self.manifest["files"]), f"buffer/{name}")
+        return self._read(min(self.manifest["files"]), "buffer/" + name)
 
     def _read(self, file: str, key: str) -> torch.Tensor:
         with safe_open(self._directory / file, framework="pt") as tensors:

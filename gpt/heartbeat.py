@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt.run_directory import heartbeat_file, is_newest
+from gpt.run_directory import heartbeat_file, host_label, is_newest
 
 LONGEST_INTERVAL_SECONDS = 5.0
 STACKS_SIGNAL = signal.SIGUSR2
@@ -63,7 +62,7 @@ class Heartbeat:
 
     def __init__(self, run: Path, generation: int, rank: int, interval_seconds: float) -> None:
         self._run, self._interval_seconds = run, interval_seconds
-        now, host, pid, launcher = time.time(), socket.gethostname(), os.getpid(), os.getppid()
+        now, host, pid, launcher = time.time(), host_label(), os.getpid(), os.getppid()
         self._beat = Beat(generation, rank, host, pid, launcher, 0, "starting", 0, now, now, ended=False)
         self._file = heartbeat_file(run, generation, rank)
         self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -134,7 +135,8 @@ class RunDirectory:
         may_live = self._refuse_if_alive(newest) if newest else False
         mine = {
             "generation": newest + 1,
-            "host": socket.gethostname(),
+            "host": host_label(),
+            "process_space": _process_space(),
             "pid": os.getpid(),
             "pid_started": psutil.Process().create_time(),
             "launcher": os.getppid(),
@@ -209,7 +211,7 @@ class RunDirectory:
             beat = json.loads(heartbeat_file(self.path, generation, 0).read_text(encoding="utf-8"))
         if beat.get("ended"):
             return False
-        if claim["host"] == socket.gethostname() and not _is_running(claim["pid"], claim["pid_started"]):
+        if claim.get("process_space") == _process_space() and not _is_running(claim["pid"], claim["pid_started"]):
             return False
         age, stale_seconds = time.time() - beat["time"], claim["stale_seconds"]
         if age > stale_seconds:
@@ -232,8 +234,25 @@ def claimed_from(run: Path, launcher: int) -> RunDirectory | None:
     """The newest start's hold if that launcher of this host began it, for the launcher to record how it ended."""
     generation = newest_generation(run)
     claim = json.loads(claim_file(run, generation).read_text(encoding="utf-8")) if generation else {}
-    mine = claim.get("host") == socket.gethostname() and claim.get("launcher") == launcher
+    mine = (claim.get("process_space"), claim.get("launcher")) == (_process_space(), launcher)
     return RunDirectory(run, generation) if mine else None
+
+
+def host_label() -> str:
+    """How this host is named in what people read, and in file names: TRAINYARD_HOST, else its name."""
+    return re.sub(r"[^\w.@:-]", "_", os.environ.get("TRAINYARD_HOST") or socket.gethostname())
+
+
+def _process_space() -> str:
+    """Where a process number means the same process: the host's name, its present boot and its pid namespace.
+
+    The name alone is not enough: containers and freshly installed hosts share names. Without /proc it has to do.
+    """
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()]
+        parts += [os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
 
 
 def _is_running(pid: int, started: float) -> bool:

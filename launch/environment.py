@@ -51,6 +51,24 @@ def worker_environment(processes: int) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in os.environ}
 
 
+def network_environment(interface: str | None, own_address: str) -> dict[str, str]:
+    """The variables that the workers of a run on several hosts get in addition to what the user has set.
+
+    Args:
+        interface: the network interface of `own_address`; None: the libraries choose.
+        own_address: the one by which the other hosts reach this one.
+    """
+    name = os.environ.get("SLURMD_NODENAME") or platform.node()
+    # hosts may have the same name (containers, two Slurm nodes on one machine), not the same address
+    settings = {"TRAINYARD_HOST": f"{name}@{own_address}"}
+    if interface is not None:
+        # gloo looks its own host's name up, and takes the loopback interface where that fails or says 127.0.1.1
+        settings["GLOO_SOCKET_IFNAME"] = interface
+        # NCCL takes the first interface that it finds; "=": this one, not all whose names begin so
+        settings["NCCL_SOCKET_IFNAME"] = f"={interface}"
+    return {variable: value for variable, value in settings.items() if variable not in os.environ}
+
+
 def cuda_devices() -> int:
     """CUDA devices that this process may use."""
     import torch  # takes a second, and most commands need no torch

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -25,9 +24,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from gpt.run_directory import RunDirectory, SupersededError, claimed_from
+from gpt.run_directory import RunDirectory, SupersededError, claimed_from, host_label
 from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS
 from launch import environment
+from launch.hosts import HostSigns, Route, find_route
 from launch.watch import HANG_EXIT_CODE, HangWatch
 from launch.worker_output import RankLogs, log_directory, shown_on_terminal
 
@@ -74,17 +74,22 @@ def run_workers(
         ValueError: numbers that do not fit together.
         OSError: the hosts did not meet in MEETING_TIMEOUT_SECONDS, or the run directory is not writable.
     """
-    config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
+    route = _find_route(processes, nodes, node_rank, rendezvous)
     ranks = range(node_rank * processes, (node_rank + 1) * processes)
     restarts = recipe.faults.restarts if nodes == 1 else 0
-    with _stop_signals() as stop:
+    with _stop_signals() as stop, _host_environment(route), contextlib.ExitStack() as stack:
+        signs = None
+        if route is not None and nodes > 1:
+            signs = HostSigns(route, node_rank, nodes, os.environ["TRAINYARD_HOST"])
+            stack.enter_context(signs.exchanged())
         try:
             for restart in range(restarts + 1):
                 stop.directory = log_directory(recipe.run_directory(), restart)
                 if stop.received:  # while no worker was there to hear of it
                     print("trainyard: stopped on request; the same command goes on from there", file=sys.stderr)
                     return STOPPED_EXIT_CODE
-                outcome = _run_group(recipe, config, ranks, stop.directory)
+                config = _launch_config(recipe, processes, nodes, node_rank, route)
+                outcome = _run_group(recipe, config, ranks, stop.directory, signs)
                 if outcome.failure is None:
                     return outcome.exit_code
                 owner = claimed_from(recipe.run_directory(), os.getpid())
@@ -95,7 +100,6 @@ def run_workers(
                     f"trainyard: restart {restart + 1} of at most {restarts}, since {outcome.failure}", file=sys.stderr
                 )
                 _record(owner, "restart", number=restart + 1, reason=outcome.failure)
-                config = _launch_config(recipe, processes, nodes, node_rank, rendezvous)
         except SignalException:
             number = stop.received[-1]
             print(
@@ -116,11 +120,13 @@ class _Outcome:
     """What failed, in one line, where another start may help."""
 
 
-def _run_group(recipe: "Recipe", config: LaunchConfig, ranks: range, directory: Path) -> _Outcome:
+def _run_group(
+    recipe: "Recipe", config: LaunchConfig, ranks: range, directory: Path, signs: HostSigns | None
+) -> _Outcome:
     """Start the workers once and wait for their end; what went wrong is said on stderr."""
     logs = RankLogs(directory)
     config.logs_specs = logs
-    watch = HangWatch(recipe.run_directory(), directory, ranks, recipe.faults)
+    watch = HangWatch(recipe.run_directory(), directory, ranks, recipe.faults, signs)
     with _environment_for(recipe, len(ranks), directory):
         try:
             with shown_on_terminal(logs), watch.watching(), _blocked_in_this_thread():
@@ -154,15 +160,18 @@ def _record(owner: RunDirectory | None, event: str, **details: Any) -> None:
             owner.write_event(event, **details)
 
 
-def _launch_config(
-    recipe: "Recipe", processes: int, nodes: int, node_rank: int, rendezvous: str | None
-) -> LaunchConfig:
+def _find_route(processes: int, nodes: int, node_rank: int, rendezvous: str | None) -> Route | None:
+    """The way to the meeting point; None where all workers are on this host and it is found without one."""
     if processes < 1 or nodes < 1:
         raise ValueError(f"--processes and --nodes are at least 1; given: {processes} and {nodes}")
     if not 0 <= node_rank < nodes:
         raise ValueError(f"--node-rank is {node_rank}, but {nodes} node(s) have ranks 0 to {nodes - 1}")
     if nodes > 1 and rendezvous is None:
         raise ValueError(f"{nodes} nodes need --rendezvous HOST:PORT, an address of node 0 that all nodes reach")
+    return None if rendezvous is None else find_route(rendezvous, node_rank)
+
+
+def _launch_config(recipe: "Recipe", processes: int, nodes: int, node_rank: int, route: Route | None) -> LaunchConfig:
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -176,22 +185,28 @@ def _launch_config(
         logs_specs=RankLogs(recipe.run_directory() / "logs"),
     )
     config.rdzv_configs["timeout"] = MEETING_TIMEOUT_SECONDS
-    if rendezvous is None:
+    if route is None:
         # port 0: the agent takes a free one and keeps it; nothing is guessed between choosing and using
         config.rdzv_backend, config.rdzv_endpoint, config.local_addr = "c10d", "127.0.0.1:0", "127.0.0.1"
         config.rdzv_configs["is_host"] = True
     else:
         # static: ranks follow node_rank and only host 0 listens; c10d sorts hosts by name and guesses which one listens
-        config.rdzv_backend, config.rdzv_endpoint = "static", _checked_endpoint(rendezvous)
+        config.rdzv_backend, config.rdzv_endpoint, config.local_addr = "static", route.endpoint, route.own_address
         config.rdzv_configs["rank"] = node_rank
     return config
 
 
-def _checked_endpoint(rendezvous: str) -> str:
-    host, colon, port = rendezvous.rpartition(":")
-    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
-        raise ValueError(f"--rendezvous is {rendezvous!r}, not HOST:PORT with a port from 1 to 65535")
-    return rendezvous
+@contextlib.contextmanager
+def _host_environment(route: Route | None) -> Iterator[None]:
+    """What is the same for all starts of this host's workers; undone afterwards."""
+    before = dict(os.environ)
+    if route is not None:
+        os.environ.update(environment.network_environment(route.interface, route.own_address))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
@@ -305,8 +320,8 @@ def _explain(failures: dict[int, ProcessFailure], logs: Path, hang: str | None) 
         # the other ranks' later tracebacks only say that this one went away; they are in the logs
         first = min(tracebacks, key=lambda rank: tracebacks[rank].stat().st_mtime_ns)
         text = tracebacks[first].read_text(encoding="utf-8").rstrip()
-        causes.append(f"rank {first} on {socket.gethostname()} failed:\n{text}")
-        outcome = _Outcome(1, f"rank {first} on {socket.gethostname()} failed: {text.splitlines()[-1]}")
+        causes.append(f"rank {first} on {host_label()} failed:\n{text}")
+        outcome = _Outcome(1, f"rank {first} on {host_label()} failed: {text.splitlines()[-1]}")
     elif ended := {f.exitcode for f in silent.values()} & {128 + number for number in SIGNALS}:
         outcome = _Outcome(min(ended))  # a second signal to a rank
     else:
@@ -336,4 +351,4 @@ def _others_failed(failures: dict[int, ProcessFailure]) -> bool:
 
 
 def _worker(rank: int, failure: ProcessFailure) -> str:
-    return f"rank {rank} (process {failure.pid} on {socket.gethostname()})"
+    return f"rank {rank} (process {failure.pid} on {host_label()})"

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import sys
 import threading
 import time
@@ -22,7 +21,8 @@ from gpt.heartbeat import (
     read_beats,
 )
 from gpt.recipe import Faults
-from gpt.run_directory import heartbeat_file, newest_generation
+from gpt.run_directory import heartbeat_file, host_label, newest_generation
+from launch.hosts import HostSigns
 
 MEETING_SECONDS = 600.0
 """Ranks have no heartbeat until they have met: imports, building extensions and waiting for hosts take time."""
@@ -37,14 +37,19 @@ HANG_EXIT_CODE = 86
 class HangWatch:
     """Watches the ranks that this process has started, from a thread.
 
-    Each host ends its own ranks; what the ranks of other hosts do is in their heartbeats.
+    Each host ends its own ranks; what the ranks of other hosts do is in their heartbeats, and whether the hosts reach
+    one another in `signs` (None: this one is alone).
     """
 
-    def __init__(self, run: Path, logs: Path, ranks: range, faults: Faults) -> None:
+    def __init__(self, run: Path, logs: Path, ranks: range, faults: Faults, signs: HostSigns | None = None) -> None:
         self._run, self._logs, self._ranks, self._faults = run, logs, ranks, faults
+        self._hosts = signs
         self._interval_seconds = heartbeat_interval(faults.hang_seconds, faults.stale_seconds)
         self._before = self._generation = newest_generation(run)
         self._ours = False
+        self._changed_at = time.monotonic()
+        self._limit_seconds = max(faults.hang_seconds, MEETING_SECONDS)
+        self._ending = threading.Lock()
         self._stop = threading.Event()
         self.hang: str | None = None
         """What was behind when the ranks were ended, in a sentence."""
@@ -54,6 +59,8 @@ class HangWatch:
         """While inside."""
         thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
         thread.start()
+        if self._hosts is not None:
+            threading.Thread(target=self._watch_hosts, name="host watch", daemon=True).start()
         try:
             yield
         finally:
@@ -74,23 +81,56 @@ class HangWatch:
 
     def _watch(self) -> None:
         before: object = None
-        changed_at = polled_at = time.monotonic()
+        polled_at = time.monotonic()
         while not self._stop.wait(self._interval_seconds):
             now = time.monotonic()
             beats = self._own_beats()
             progress = {beat.rank: beat.progress for beat in beats}
-            was_stopped = now - polled_at > 3 * self._interval_seconds + 5  # this process itself did not run
-            if progress != before or was_stopped:
-                before, changed_at = progress, now
+            if progress != before or self._was_stopped(now - polled_at):
+                before, self._changed_at = progress, now
             polled_at = now
-            limit = self._faults.hang_seconds if beats else max(self._faults.hang_seconds, MEETING_SECONDS)
-            if now - changed_at <= limit:
+            hang = self._faults.hang_seconds
+            self._limit_seconds = hang if beats else max(hang, MEETING_SECONDS)
+            if now - self._changed_at <= self._limit_seconds:
                 continue
+            if self._end_where_hosts_are_silent(hang / 2):
+                return
             processes = self._processes()  # none: the agent still waits for other hosts, or all have just ended
             if processes and self._can_write() and not self._goes_on_elsewhere():
-                self._end(processes, now - changed_at)
+                if self._ending.acquire(blocking=False):
+                    self._end(processes, now - self._changed_at)
                 return
-            changed_at = now
+            self._changed_at = now
+
+    def _was_stopped(self, seconds: float) -> bool:
+        """Whether this process itself did not run, as so long a time between two looks tells."""
+        return seconds > 3 * self._interval_seconds + 5
+
+    def _watch_hosts(self) -> None:
+        """The same without the run directory: where the network is lost its file system may be, and every access to it
+        waits without end. That nothing goes on is then what the other thread last saw."""
+        polled_at = time.monotonic()
+        while not self._stop.wait(self._interval_seconds):
+            before, polled_at = polled_at, time.monotonic()
+            if self._was_stopped(polled_at - before) or polled_at - self._changed_at <= self._limit_seconds:
+                continue
+            if self._end_where_hosts_are_silent(self._limit_seconds):
+                return
+
+    def _end_where_hosts_are_silent(self, seconds: float) -> bool:
+        """End this host's ranks, without their stacks, where other hosts cannot be reached; False where they can."""
+        lost = self._hosts.silent(seconds) if self._hosts is not None else None
+        processes = self._processes() if lost is not None else {}
+        if self._hosts is None or not processes:
+            return False
+        if not self._ending.acquire(blocking=False):
+            return True
+        self.hang = f"no progress for {time.monotonic() - self._changed_at:.0f} s: {lost}"
+        self._hosts.end_process_after(2 * KILL_SECONDS, HANG_EXIT_CODE, self.hang)
+        self._kill(processes)
+        with contextlib.suppress(OSError):
+            self._leave_report([])
+        return True
 
     def _can_write(self) -> bool:
         """Whether ranks could say that they go on: on a full disk they cannot."""
@@ -109,7 +149,7 @@ class HangWatch:
             if self._generation == self._before:
                 return []
         beats = [beat for rank in self._ranks if (beat := read_beat(self._run, self._generation, rank))]
-        beats = [beat for beat in beats if (beat.host, beat.launcher) == (socket.gethostname(), os.getpid())]
+        beats = [beat for beat in beats if (beat.host, beat.launcher) == (host_label(), os.getpid())]
         self._ours = self._ours or bool(beats)
         return beats
 
@@ -138,13 +178,20 @@ class HangWatch:
         except OSError as error:  # the file system may be what hangs
             lines, found = [], f"which rank is behind is not known ({error})"
         self.hang = self._said_elsewhere() or self.hang + found
-        if self._ours:
-            with contextlib.suppress(OSError):
-                temporary = self._report.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
-                temporary.write_text("\n".join([*lines, self.hang]) + "\n", encoding="utf-8")
-                temporary.replace(self._report)
+        with contextlib.suppress(OSError):
+            self._leave_report(lines)
         lines.append(f"stacks of all threads: {self._logs}/rank_*.stacks.txt")
         print(*(f"trainyard: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+        self._kill(processes)
+
+    def _leave_report(self, lines: list[str]) -> None:
+        """For the other hosts, see `_said_elsewhere`."""
+        if self._ours and not self._report.exists():
+            temporary = self._report.with_suffix(f".{host_label()}-{os.getpid()}")
+            temporary.write_text("\n".join([*lines, self.hang or ""]) + "\n", encoding="utf-8")
+            temporary.replace(self._report)
+
+    def _kill(self, processes: dict[int, psutil.Process]) -> None:
         for process in processes.values():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -186,7 +233,7 @@ class HangWatch:
         return {rank: text for rank, text in texts.items() if text}
 
     def _signs(self, states: dict[int, str], stacks: dict[int, str]) -> list[Sign]:
-        beats, here, now = self._beats(), socket.gethostname(), time.time()
+        beats, here, now = self._beats(), host_label(), time.time()
         signs = [
             Sign(r, b.host, b.step, b.phase, b.progress, now - b.time, states.get(r), stacks.get(r))
             for r, b in beats.items()

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import sys
 import threading
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+from gpt.run_directory import host_label
 
 POLL_SECONDS = 0.1
 
@@ -43,7 +44,7 @@ class RankLogs(LogsSpecs):
 
 def log_directory(run_directory: Path, restart: int = 0) -> Path:
     """A new folder for this start's logs; its name tells time (UTC), host, launcher and which restart of it this is."""
-    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{socket.gethostname()}_{os.getpid()}"
+    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{host_label()}_{os.getpid()}"
     name += f"_restart{restart}" if restart else ""
     directory = run_directory / "logs" / name
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Process environment: threads, allocator, build folder, stale build locks."""
 
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,22 @@ def test_the_users_own_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS" not in settings
     assert "MALLOC_TOP_PAD_" not in settings
     assert "MALLOC_TRIM_THRESHOLD_" in settings
+
+
+def test_hosts_of_a_run_use_the_interface_of_their_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRAINYARD_HOST", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "SLURMD_NODENAME"):
+        monkeypatch.delenv(name, raising=False)
+    settings = environment.network_environment("eth7", "10.0.0.7")
+    assert settings == {
+        "TRAINYARD_HOST": f"{platform.node()}@10.0.0.7",
+        "GLOO_SOCKET_IFNAME": "eth7",
+        "NCCL_SOCKET_IFNAME": "=eth7",
+    }
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    settings = environment.network_environment("eth7", "10.0.0.7")
+    assert settings == {"TRAINYARD_HOST": "n2@10.0.0.7", "NCCL_SOCKET_IFNAME": "=eth7"}
+    assert "NCCL_SOCKET_IFNAME" not in environment.network_environment(None, "10.0.0.7")
 
 
 def test_a_host_with_gpus_keeps_glibcs_allocator_and_deepspeeds_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,11 @@ from gpt.heartbeat import Heartbeat
 from gpt.run_directory import (
     RunDirectory,
     SupersededError,
+    _process_space,
     claimed_from,
     compare_recipes,
     describe_environment,
+    host_label,
     stored_recipe,
 )
 
@@ -32,11 +34,13 @@ PROCESSES = multiprocessing.get_context("spawn")
 
 
 def write_claim(run: Path, *, host: str, pid: int = 4242, started: float = 0.0, beat_age: float | None = 0.0,
-                job: str | None = None, ended: bool = False, generation: int = 1) -> None:  # fmt: skip
+                job: str | None = None, ended: bool = False, generation: int = 1,
+                here: bool = False) -> None:  # fmt: skip
     """The files that a start on another host or of a process that is gone leaves behind."""
     now = time.time()
     claim = {"generation": generation, "host": host, "pid": pid, "pid_started": started, "job": job, "time": now}
     claim |= {"launcher": 1, "stale_seconds": STALE_SECONDS}
+    claim |= {"process_space": _process_space() if here else f"{host} another-boot pid:[1]"}
     files = {run / "generations" / f"{generation:06d}.json": claim}
     if beat_age is not None:
         beat = {"time": now - beat_age, "phase": "training", "pid": pid, "host": host, "ended": ended}
@@ -92,6 +96,22 @@ def test_a_fresh_heartbeat_of_another_host_is_refused(tmp_path: Path, age: float
         RunDirectory(tmp_path).claim()
 
 
+def test_a_host_of_the_same_name_is_another_one(tmp_path: Path) -> None:
+    """Containers share names: that no process of theirs is found here says nothing."""
+    write_claim(tmp_path, host=socket.gethostname(), pid=os.getpid(), started=1000.0)
+    with pytest.raises(ValueError, match=f"in use: host {socket.gethostname()}, process {os.getpid()}, alive"):
+        RunDirectory(tmp_path).claim()
+    assert claimed_from(tmp_path, 1) is None
+    write_claim(tmp_path, host=socket.gethostname(), here=True)
+    assert claimed_from(tmp_path, 1) is not None and claimed_from(tmp_path, 2) is None
+
+
+def test_the_users_name_of_a_host_is_made_fit_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host_label() == socket.gethostname()
+    monkeypatch.setenv("TRAINYARD_HOST", "rack 3/node 7@10.0.0.7")
+    assert host_label() == "rack_3_node_7@10.0.0.7"
+
+
 def test_a_claim_without_heartbeat_yet_is_fresh(tmp_path: Path) -> None:
     write_claim(tmp_path, host="node7", beat_age=None)
     with pytest.raises(ValueError, match="in use: host node7"):
@@ -109,7 +129,7 @@ def test_a_claim_without_heartbeat_yet_is_fresh(tmp_path: Path) -> None:
         {"host": "node7", "beat_age": STALE_SECONDS + 1},
         {"host": "node7", "ended": True},
         # on this host: a process number that another process has by now
-        {"host": socket.gethostname(), "pid": os.getpid(), "started": 1000.0},
+        {"host": socket.gethostname(), "pid": os.getpid(), "started": 1000.0, "here": True},
     ],
     ids=["stale", "ended", "reused process number"],
 )
