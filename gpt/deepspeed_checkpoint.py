@@ -20,7 +20,7 @@ from gpt.checkpoint.format import Precision
 from gpt.checkpoint.read import NAMES_SHOWN, TORCH_DTYPES
 from gpt.export_source import CHUNK_ELEMENTS, ExportSource
 
-MODEL_SUFFIX, OPTIMIZER_SUFFIX = "_mp_rank_00_model_states.pt", "_mp_rank_00_optim_states.pt"
+MODEL_FILE, OPTIMIZER_FILE = "mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -83,7 +83,7 @@ def tag_folder(source: Path) -> Path:
 
 
 def _is_tag_folder(folder: Path) -> bool:
-    return any(any(folder.glob(f"*{suffix}")) for suffix in (MODEL_SUFFIX, OPTIMIZER_SUFFIX))
+    return any(any(folder.glob(f"*{name}")) for name in (MODEL_FILE, OPTIMIZER_FILE))
 
 
 def _tags(folder: Path) -> list[str]:
@@ -152,11 +152,9 @@ class DeepSpeedWeights:
     def _load_ranks(self) -> tuple[list[_Saved], list[_Saved]]:
         """What every rank wrote: the model's states (at stages 1 and 2 only rank 0 did) and the optimizer's."""
         present = sorted(path.name for path in self.directory.glob("*_states.pt"))
-        some = next((name for name in present if name.endswith(MODEL_SUFFIX)), None)
+        some = next((name for name in present if name.endswith(MODEL_FILE)), None)
         if some is None:
-            raise FileNotFoundError(
-                f"{self.directory} lacks the files *{MODEL_SUFFIX.lstrip('_')}; use a whole copy of it."
-            )
+            raise FileNotFoundError(f"{self.directory} lacks the files *{MODEL_FILE}; use a whole copy of it.")
         whole = not some.startswith("zero_")
         state = self._load(some)
         if not state.get("param_shapes"):
@@ -166,8 +164,8 @@ class DeepSpeedWeights:
             )
         ranks = [f"zero_pp_rank_{rank}" for rank in range(int(state["dp_world_size"]))]
         prefix = "bf16_" if any(name.startswith("bf16_") for name in present) else ""
-        model_names = [MODEL_SUFFIX.lstrip("_")] if whole else [f"{rank}{MODEL_SUFFIX}" for rank in ranks]
-        optimizer_names = [f"{prefix}{rank}{OPTIMIZER_SUFFIX}" for rank in ranks]
+        model_names = [MODEL_FILE] if whole else [f"{rank}_{MODEL_FILE}" for rank in ranks]
+        optimizer_names = [f"{prefix}{rank}_{OPTIMIZER_FILE}" for rank in ranks]
         expected = {*model_names, *optimizer_names}
         if missing := sorted(expected - set(present)):
             raise FileNotFoundError(

@@ -46,12 +46,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build(kind: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama: `tied` has tied embeddings, a frozen parameter and a persistent buffer, `untied` has biases."""
+    """A Llama: `tied` has tied embeddings and a frozen parameter, `untied` has biases and a persistent buffer."""
     torch.manual_seed(5)
     config = AutoConfig.for_model("llama", **SHAPE, tie_word_embeddings=kind == "tied", attention_bias=kind == "untied")
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if kind == "tied":
         model.get_parameter(FROZEN).requires_grad_(False)
+    else:
         model.model.register_buffer("step_sizes", torch.rand(5))
     return model
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gpt.checkpoint.read import TORCH_DTYPES, empty_model
-from gpt.deepspeed_checkpoint import DeepSpeedWeights, is_deepspeed_checkpoint, tag_folder
+from gpt.deepspeed_checkpoint import DeepSpeedWeights, is_deepspeed_checkpoint, source_of_deepspeed, tag_folder
 from gpt.export import export_deepspeed
 from gpt.export_weights import plan_tensors, write_weights
 from launch.cli import app
+from launch.environment import worker_environment
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from small_checkpoint import make_tokenizer
@@ -33,7 +34,7 @@ REST = [case for case in [*MATRIX, *UNEVEN, *VARIANTS] if case not in FEW]
 def write_folders(out: Path, cases: list[str]) -> Path:
     """Have DeepSpeed write the cases; a tokenizer lies above them all."""
     words = [sys.executable, str(Path(__file__).with_name("deepspeed_folders.py")), str(out), *cases]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | worker_environment(1))
     assert done.returncode == 0, done.stdout + done.stderr
     for case in cases:
         make_tokenizer(out / case)
@@ -60,13 +61,19 @@ def tag_of(folder: Path) -> Path:
     return folder / "global_step2"
 
 
+def refused(folder: Path, tmp_path: Path, kind: type[Exception], message: str, **given: Any) -> None:
+    with pytest.raises(kind, match=message):
+        export_deepspeed(folder, tmp_path / "out", ungated=True, **given)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
 def assert_equals_live(folder: Path, out: Path) -> None:
     """The tensors that export writes are those of the live engine: names, dtypes, shapes and bits."""
     stage, precision, ranks, kind, *_ = folder.name.split("-")
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = DeepSpeedWeights(tag_folder(folder), fields)
     assert (weights.stage, weights.precision, weights.world_size) == (int(stage), precision, int(ranks))
-    assert weights.buffers == (["model.step_sizes"] if kind == "tied" else [])
+    assert weights.buffers == ([] if kind == "tied" else ["model.step_sizes"])
     for dtype, live in ((TORCH_DTYPES[precision], "16bit"), (torch.float32, "fp32")):
         with torch.device("meta"):
             model = empty_model(weights.config, weights.shapes, dtype)
@@ -94,7 +101,7 @@ def test_command_finds_config_and_tokenizer_and_marks_the_folder(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = few / "2-fp16-2-tied", tmp_path / "out"
-    with pytest.raises(ValueError, match=r"no probe of the live engine .* --ungated"):
+    with pytest.raises(ValueError, match=r"no probe of the live engine.*; --ungated"):
         app(["export", str(source), "--out", str(out)], standalone_mode=False)
     assert not out.exists()
     words = ["export", str(source / "global_step2"), "--out", str(out), "--dtype", "fp32", "--ungated", "--json"]
@@ -115,14 +122,17 @@ def test_given_config_and_tokenizer_are_taken(folder: Path, tmp_path: Path) -> N
     (folder / "config.json").rename(tmp_path / "model.json")
     for file in folder.glob("token*"):
         file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"has the model's config\.json; give it with --config"):
-        export_deepspeed(folder, tmp_path / "out", ungated=True)
-    with pytest.raises(FileNotFoundError, match="give its folder with --tokenizer"):
-        export_deepspeed(folder, tmp_path / "out", config=tmp_path / "model.json", ungated=True)
+    refused(folder, tmp_path, FileNotFoundError, r"has the model's config\.json; give it with --config")
+    model = tmp_path / "model.json"
+    refused(folder, tmp_path, FileNotFoundError, "give its folder with --tokenizer", config=model)
+    refused(folder, tmp_path, FileNotFoundError, r"no model configuration .*none\.json", config=tmp_path / "none.json")
+    (tmp_path / "empty").mkdir()
+    refused(folder, tmp_path, FileNotFoundError, "empty has no tokenizer", config=model, tokenizer=tmp_path / "empty")
     make_tokenizer(tmp_path / "tokenizer")
     given: dict[str, Any] = {"config": tmp_path / "model.json", "tokenizer": tmp_path / "tokenizer"}
-    report = export_deepspeed(folder, tmp_path / "out", ungated=True, **given)
-    assert report["deepspeed"]["tokenizer"] == str(tmp_path / "tokenizer")
+    source = source_of_deepspeed(folder, **given)
+    assert source.weights.config["hidden_size"] == 24
+    assert source.facts["deepspeed"]["tokenizer"] == str(tmp_path / "tokenizer")
 
 
 def test_options_of_the_other_kind_of_source_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -154,7 +164,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(folder: Path, tmp_p
     with pytest.raises(ValueError, match=r"would load posix\.system, which DeepSpeed .* add --trust-pickle"):
         export_deepspeed(folder, out, ungated=True)
     assert not marker.exists() and not out.exists()
-    assert export_deepspeed(folder, out, ungated=True, trust_pickle=True)["deepspeed"]["world_size"] == 2
+    assert source_of_deepspeed(folder, trust_pickle=True).facts["deepspeed"]["world_size"] == 2
     assert marker.exists()  # so the test's pickle is one that runs
 
 
@@ -165,12 +175,6 @@ def test_a_plain_pickle_does_not_run_either(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"cannot be read: .* no file of torch.save"):
         export_deepspeed(folder, tmp_path / "out", ungated=True)
     assert not marker.exists()
-
-
-def refused(folder: Path, tmp_path: Path, kind: type[Exception], message: str, **given: Any) -> None:
-    with pytest.raises(kind, match=message):
-        export_deepspeed(folder, tmp_path / "out", ungated=True, **given)
-    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_missing_file_of_a_rank(folder: Path, tmp_path: Path) -> None:
@@ -237,7 +241,7 @@ def test_weights_that_differ_from_the_models_own(few: Path, tmp_path: Path) -> N
     folder = Path(shutil.copytree(few / "2-fp16-2-tied", tmp_path / "trained"))
     file = next(tag_of(folder).glob("*rank_1*optim_states.pt"))
     content = torch.load(file, weights_only=False)
-    content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][5] += 0.25
+    content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].data[5] += 0.25
     torch.save(content, file)
     refused(folder, tmp_path, ValueError, r"holds model\.layers.* twice, and the two differ")
 
