@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -15,6 +16,17 @@ from gpt.checkpoint.format import FileEntry
 from gpt.export_source import WeightSource
 
 Progress = Callable[[int, int], None]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as "5GB" or "512MiB" (decimal and binary units). Raises ValueError for anything else."""
+    try:
+        size = convert_file_size_to_int(text)
+    except ValueError:
+        size = 0
+    if size <= 0 or text.endswith("b"):
+        raise ValueError(f"The shard size {text!r} is no size; give one as 5GB, 500MB or 2GiB.")
+    return int(size)
 
 
 def plan_tensors(source: WeightSource, model: PreTrainedModel, dtype: torch.dtype) -> list[TensorToWrite]:

@@ -380,6 +380,7 @@ def export(
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
     ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also write the model as one file for llama.cpp.")] = False,
     config: Annotated[
         Path | None, typer.Option(metavar="DIR|FILE", help="Configuration of the model in a DeepSpeed checkpoint.")
     ] = None,
@@ -387,7 +388,10 @@ def export(
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Load DeepSpeed files with more than tensors: they may run any code.")
     ] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="Also write the model as one file for llama.cpp.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB, 500MB or 2GiB.")] = "5GB",
+    licence: Annotated[
+        str, typer.Option("--license", help="The hub's identifier of the weights' licence, for the model card.")
+    ] = "unknown",
     as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
@@ -399,6 +403,7 @@ def export(
     Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat` or
     `trainyard export old/checkpoints --config old/model --tokenizer old/model --ungated --out exports/old`
     """
+    from data_pipeline.provenance import describe_origin
     from gpt.deepspeed_checkpoint import is_deepspeed_checkpoint
     from gpt.export import export_deepspeed, export_run
 
@@ -409,12 +414,13 @@ def export(
         raise typer.BadParameter("--config, --tokenizer and --trust-pickle are for DeepSpeed checkpoints")
     with _answer(as_json) as answer:
         with _progress("export") as progress:
-            given: dict[str, Any] = {"dtype": dtype, "ungated": ungated, "gguf": gguf, "progress": progress}
+            given: dict[str, Any] = {"dtype": dtype, "ungated": ungated, "progress": progress}
+            given |= {"max_shard_size": max_shard_size, "licence": licence, "gguf": gguf}
             if foreign:
                 given |= {"config": config, "tokenizer": tokenizer, "trust_pickle": trust_pickle}
                 report = export_deepspeed(source, out, **given)
             else:
-                report = export_run(source, out, step=step, **given)
+                report = export_run(source, out, step=step, describe_data=describe_origin, **given)
         answer(report)
         if not as_json:
             _print_values(report)
