@@ -1,4 +1,4 @@
-"""The kernel's counters of processes that it ended for want of memory, of real ones where a control group can be made."""
+"""The kernel's counters of processes that it ended for want of memory; a real one where a control group can be made."""
 
 import os
 import subprocess
