@@ -90,7 +90,7 @@ def newest_outcome(facts: RunFacts) -> Event | None:
     since = facts.claim.get("time", 0.0)
     restart = facts.last("restart")
     since = max(since, restart["time"]) if restart is not None else since
-    found = [outcome for outcome in facts.outcomes if outcome["time"] >= since]
+    found = [o for o in facts.outcomes if o["time"] >= since and o.get("failure") != "superseded"]
     unclaimed = [o for o in found if o["generation"] is None and o.get("failure") == "refused"]
     refused = [outcome for outcome in unclaimed if outcome["time"] > (facts.last_sign or 0.0)]
     # a rank whose peer on another host has died fails, too, in other words

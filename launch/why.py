@@ -1,6 +1,7 @@
 """`trainyard why`: why a run died, or that it did not, with the evidence and what to do next."""
 
 import re
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,8 @@ from launch.run_facts import Event, RunFacts, read_facts
 from launch.status import State, clock, duration, is_alive, judge
 
 TRACEBACK_LINES = 4
+SPARE_BYTES = 16 * 2**20
+"""With less nothing can be counted on to be written: the saver does not begin a save then."""
 LIMIT_SECONDS = 90.0
 """A last sign so shortly before the time limit, or later, means that the limit ended the job."""
 GO_ON = "give the same command again: the run goes on from its newest checkpoint"
@@ -141,14 +144,11 @@ def _refused(facts: RunFacts, outcome: Event) -> Explanation:
         evidence += [_said(event) for event in [*rollbacks, newest or {}]]
         todo = "lower optimizer.learning_rate, lengthen warmup_steps, look at the samples that the rollbacks left out"
         return Explanation("diverged", f"It diverged and stopped itself: {reason}.", todo, evidence)
-    if what == "checkpoint failed":
+    if what == "checkpoint failed" or "could not be written" in reason:
         evidence += [_said(event) for event in facts.events if event["event"] == "checkpoint failed"][-3:]
         return Explanation(
             "disk", f"Its checkpoints could not be written: {reason}.", f"make room, then {GO_ON}", evidence
         )
-    if "was taken over by start" in reason:
-        todo = "nothing: the later start is the run now; `trainyard status` shows it"
-        return Explanation("superseded", f"A later start took its place: {reason}.", todo, evidence)
     if reason.startswith("no checkpoint in"):
         todo = f"`trainyard verify {facts.directory}` names the damaged files; bring back a copy of one checkpoint"
         return Explanation("damaged checkpoints", f"No checkpoint can be loaded: {reason}.", todo, evidence)
@@ -216,6 +216,10 @@ def _dead(facts: RunFacts, state: State) -> Explanation:
         headline = f"Its host was started anew at {clock(psutil.boot_time())}, after the run's last sign."
         return Explanation("host restarted", headline, GO_ON, evidence)
     ago = duration(facts.now - last)
+    if (free := shutil.disk_usage(facts.directory).free) < SPARE_BYTES:
+        evidence.append({"file": "", "says": f"the file system of the run has {free:,} bytes left"})
+        headline = f"It died without a word {ago} ago, and its disk is full: there was no room to say why."
+        return Explanation("disk", headline, f"make room, then {GO_ON}", evidence)
     if facts.is_here:
         headline = (
             f"It died without a word {ago} ago: launcher and ranks are gone and none wrote why, as after a SIGKILL of "
@@ -271,9 +275,10 @@ def _heartbeats(facts: RunFacts) -> list[dict[str, str]]:
 
 
 def _history(facts: RunFacts) -> list[dict[str, str]]:
-    """Restarts, and what the job script decided."""
+    """Restarts, what the job script decided, and a start whose place the newest one has taken."""
     found = [event for event in facts.events if event["event"] in ("restart", "job ended")]
-    return [_said(event) for event in found[-3:]]
+    superseded = [outcome for outcome in facts.outcomes if outcome.get("failure") == "superseded"]
+    return [_said(event) for event in [*found[-3:], *superseded[-1:]]]
 
 
 def _job(facts: RunFacts) -> list[dict[str, str]]:
