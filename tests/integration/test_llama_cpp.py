@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from in_llama_cpp import ask_llama_cpp, needs_llama_cpp
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
