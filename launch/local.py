@@ -121,8 +121,8 @@ class _Outcome:
 
     exit_code: int
     details: dict[str, Any] = field(default_factory=dict)
-    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, superseded, exception, killed, exit, hang) and
-    as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, and the `file` of the traceback."""
+    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, superseded, exception, killed, exit,
+    hang) and as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, `file` of a traceback."""
     may_start_again: bool = False
     """Whether another start may help."""
 
