@@ -59,8 +59,10 @@ def explain(run: Path) -> dict[str, Any]:
     }
     found = judges.get(state.name, _alive)(facts, state)
     remarks = [{"file": "", "says": problem} for problem in facts.problems]
-    evidence = [*found.evidence, *_history(facts), *_job(facts), *remarks]
-    return {"run": str(run), "state": state.name, **asdict(found), "evidence": evidence}
+    history = [item for item in _history(facts) if item not in found.evidence]
+    evidence = [*found.evidence, *history, *_job(facts), *remarks]
+    answer = {"run": str(run), "state": state.name, **asdict(found), "evidence": evidence}
+    return answer | {"headline": re.sub(r"([.?!])\.$", r"\1", found.headline)}  # of a reason that is a sentence
 
 
 def describe(found: dict[str, Any]) -> list[str]:
@@ -89,7 +91,10 @@ def _stopped(facts: RunFacts, state: State) -> Explanation:
     signals = ", ".join(outcome.get("signals") or [])
     asked = f"by {signals} to its launcher" if signals else "by a signal to a rank, or by its job"
     headline = f"It did not die: asked to stop {asked}, it saved and left ({state.reason})."
-    return Explanation("stopped", headline, GO_ON, [_said(outcome)])
+    decided = facts.last("job started", "job ended") or {}
+    requeued = decided.get("decision") == "go on"
+    todo = "nothing, where its job requeues itself or is one of a chain: see squeue; else submit the run again"
+    return Explanation("stopped", headline, todo if requeued else GO_ON, [_said(outcome)])
 
 
 def _hung(facts: RunFacts, state: State) -> Explanation:
@@ -235,7 +240,7 @@ def _dead(facts: RunFacts, state: State) -> Explanation:
 def _said(event: Event) -> dict[str, str]:
     """An event, or what a launcher left beside its logs, as evidence."""
     file = "events.jsonl" if event.get("generation") is not None else f"{event.get('file', 'logs')}/outcome.json"
-    skipped = ("time", "event", "generation", "reason", "failure", "file")
+    skipped = ("time", "event", "generation", "reason", "failure", "file", "recipe", "began", "checkpoint_step")
     details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in skipped and v not in (None, []))
     parts = [event.get("event", ""), str(event.get("reason") or ""), details]
     return {"file": file, "says": f"{clock(event.get('time', 0.0))} " + "; ".join(part for part in parts if part)}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -93,7 +94,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def explained(recipe: Recipe) -> tuple[str, str, str, str]:
     """State, cause, headline and all evidence of a run."""
     found = why.explain(recipe.run_directory())
-    assert found["todo"] and found["headline"].endswith(".")
+    assert found["todo"] and re.search(r"[^.?!][.?!]$", found["headline"])
     assert "\n".join(why.describe(found)).startswith(found["headline"])
     assert "\n".join(status.describe(status.report(recipe.run_directory()))), "status has words for it"
     for item in found["evidence"]:
