@@ -4,6 +4,7 @@ Values get into a script in two ways: escaped for Slurm's own reader in the `#SB
 anything, and quoted for the shell below them. `--extra-line` is the only text that goes in as it is.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -200,7 +201,11 @@ def parse_bandwidth(text: str) -> float:
 
 
 def measure_bandwidth(folder: Path) -> float:
-    """Bytes per second of a short write with fsync into a folder, as one writer of this host sees it."""
+    """Bytes per second of a short write with fsync into a folder, as one writer of this host sees it.
+
+    Raises:
+        ValueError: the folder does not take it.
+    """
     block = os.urandom(4 * 2**20)  # not zeros, which a file system may store as a hole
     file = folder / f".write-bandwidth-{os.getpid()}"
     try:
@@ -211,8 +216,13 @@ def measure_bandwidth(folder: Path) -> float:
             out.flush()
             os.fsync(out.fileno())
         return PROBE_BYTES / max(time.monotonic() - begin, 1e-6)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} takes no {PROBE_BYTES:,} bytes ({error.strerror}): runs need a place with room"
+        ) from error
     finally:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def render(

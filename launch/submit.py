@@ -267,7 +267,10 @@ def _freeze(submission: Submission, folder: Path, tasks: list[Task], scripts: di
     """
     made = list(dict.fromkeys([folder, *(task.recipe.parent for task in tasks)]))
     for place in made:
-        place.mkdir(parents=True)  # not exist_ok: another submission at this moment may have taken the number
+        try:
+            place.mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(f"another submission took {place} at this moment: look at squeue, and try again") from None
     for index, (recipe, task) in enumerate(zip(submission.recipes, tasks, strict=True)):
         deepspeed = task.recipe.with_name("deepspeed.json")
         shutil.copyfile(recipe.deepspeed, deepspeed)

@@ -238,6 +238,11 @@ def test_the_bandwidth_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_refused(recipe: Path) -> None:
+    message = refusal(recipe, "runs_directory=/proc/runs", write_bandwidth=None, dry_run=True)
+    assert message.startswith("/proc takes no 67,108,864 bytes (")
+
+
 def test_the_lead_is_three_saves_or_180_seconds() -> None:
     assert Lead(1000, 1e9, "as stated").seconds == 180
     large = Lead(84 * 10**9, 1e9, "as stated")
