@@ -256,14 +256,16 @@ def train(
     from gpt.train import check
     from launch.hub import fetch
     from launch.local import default_processes, run_workers
+    from launch.log_folder import refusals_recorded
 
     resolved = fetch(resolved)
 
     if processes is None:
         processes, reason = default_processes()
         print(f"processes: {processes} ({reason})", flush=True)
-    check(resolved, processes * nodes)
-    code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+    with refusals_recorded(resolved.run_directory()):
+        check(resolved, processes * nodes)
+        code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     raise typer.Exit(code)
 
 
@@ -359,6 +361,47 @@ def submit(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory, or a sweep's folder.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until the run ends or Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a run is doing, from its directory alone: state, step, loss, speed, ETA, checkpoint, restarts, queue, ranks.
+
+    Example: `trainyard status runs/quickstart-pretrain --watch`
+    """
+    from launch import status as shown
+
+    if watch and as_json:
+        raise typer.BadParameter("give --watch or --json, not both")
+    if watch:
+        from rich.live import Live
+        from rich.text import Text
+
+        with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+            for lines in shown.watch(run):
+                live.update(Text("\n".join(lines)), refresh=True)
+        return
+    answer, lines, _ = shown.read(run)
+    print(json.dumps(answer, ensure_ascii=False, indent=2) if as_json else "\n".join(lines))
+
+
+@app.command()
+def why(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Why a run died, or that it did not: one sentence, the evidence with its files, and what to do next.
+
+    Example: `trainyard why runs/quickstart-pretrain`
+    """
+    from launch import why as explained
+
+    found = explained.explain(run)
+    print(json.dumps(found, ensure_ascii=False, indent=2) if as_json else "\n".join(explained.describe(found)))
+
+
+@app.command()
 def evaluate(
     source: Annotated[Path, typer.Argument(help="Run directory or model folder.")],
     data: Annotated[Path | None, typer.Option(help="Folder of token shards, or a text file.")] = None,
@@ -410,25 +453,54 @@ def evaluate(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Run directory.")],
+    source: Annotated[Path, typer.Argument(help="Run directory, or a folder of DeepSpeed's own save_checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of the model to write; must not exist or be empty.")],
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of a run's checkpoint; default: the newest.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
     ] = False,
     gguf: Annotated[bool, typer.Option("--gguf", help="Also write the model as one file for llama.cpp.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(metavar="DIR|FILE", help="Configuration of the model in a DeepSpeed checkpoint.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Its tokenizer.")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Load DeepSpeed files with more than tensors: they may run any code.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB, 500MB or 2GiB.")] = "5GB",
+    licence: Annotated[
+        str, typer.Option("--license", help="The hub's identifier of the weights' licence, for the model card.")
+    ] = "unknown",
     as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
 
-    Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat`
-    """
-    from gpt.export import export_run
+    A DeepSpeed checkpoint (ZeRO 1, 2 or 3) is a folder with `latest`, or one of its tag folders; it needs --ungated,
+    since it has no record of the engine's logits. Without --config or --tokenizer, config.json and the tokenizer are
+    looked for in the tag folder, in the folder of the tags, and in the one above it: the first that is found is taken.
 
+    Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat` or
+    `trainyard export old/checkpoints --config old/model --tokenizer old/model --ungated --out exports/old`
+    """
+    from data_pipeline.provenance import describe_origin
+    from gpt.deepspeed_checkpoint import is_deepspeed_checkpoint
+    from gpt.export import export_deepspeed, export_run
+
+    foreign = is_deepspeed_checkpoint(source)
+    if foreign and step is not None:
+        raise typer.BadParameter("--step is for runs; name the tag folder of a DeepSpeed checkpoint instead")
+    if not foreign and (config or tokenizer or trust_pickle):
+        raise typer.BadParameter("--config, --tokenizer and --trust-pickle are for DeepSpeed checkpoints")
     with _answer(as_json) as answer:
         with _progress("export") as progress:
-            report = export_run(source, out, step=step, dtype=dtype, ungated=ungated, gguf=gguf, progress=progress)
+            given: dict[str, Any] = {"dtype": dtype, "ungated": ungated, "progress": progress}
+            given |= {"max_shard_size": max_shard_size, "licence": licence, "gguf": gguf}
+            if foreign:
+                given |= {"config": config, "tokenizer": tokenizer, "trust_pickle": trust_pickle}
+                report = export_deepspeed(source, out, **given)
+            else:
+                report = export_run(source, out, step=step, describe_data=describe_origin, **given)
         answer(report)
         if not as_json:
             _print_values(report)

@@ -94,7 +94,7 @@ def _values(field: FieldInfo) -> str:
     if typing.get_origin(field.annotation) is not list:
         return values
     least, most = (_first(field.metadata, name) for name in ("min_length", "max_length"))
-    count = least if least == most else f"{least or 0} {f'to {most}' if most else 'or more'}"
+    count = least if least is not None and least == most else f"{least or 0} {f'to {most}' if most else 'or more'}"
     return f"list of {count}: {values}"
 
 
