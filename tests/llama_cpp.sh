@@ -21,7 +21,8 @@ if [ ! -d "$folder" ]; then
   source=("$part"/llama_cpp_python-*/)
   # -O1: half the compile time of -O3, and the tests' models are small. No OpenMP, no code for this processor alone.
   cmake -S "${source[0]}/vendor/llama.cpp" -B "$part/built" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
-    -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_MTMD=OFF >&2
+    -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_MTMD=OFF \
+    -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DCMAKE_INSTALL_RPATH="\$ORIGIN" >&2
   cmake --build "$part/built" --target llama --parallel "$(nproc)" >&2
   mv "${source[0]}/llama_cpp" "$part/package/"
   mkdir -p "$part/package/llama_cpp/lib"
