@@ -153,7 +153,7 @@ def write_weights(
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """The work on a chunk is short, and the writer needs a core: torch's threads would wait for it and for each other."""
+    """The work on a chunk is short, and the writer needs a core: more threads would wait for it and for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
