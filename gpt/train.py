@@ -107,9 +107,9 @@ def open_training_data(recipe: Recipe) -> TrainingStream:
     )
 
 
-def check(recipe: Recipe, world_size: int) -> None:
-    """What the launcher does before it starts processes: `plan_run`, for its errors, a look at every data file, and at
-    the room for checkpoints."""
+def check(recipe: Recipe, world_size: int) -> RunPlan:
+    """What the launcher does before it starts processes: `plan_run`, a look at every data file, and at the room for
+    checkpoints."""
     from gpt.checkpoint.retention import check_budget
     from gpt.model import elements_of
 
@@ -119,6 +119,7 @@ def check(recipe: Recipe, world_size: int) -> None:
     for stream in (plan.training, plan.validation):
         if stream is not None:
             stream.check_files()
+    return plan
 
 
 def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:

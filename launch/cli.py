@@ -235,7 +235,10 @@ def train(
         resolved = fork_recipe(resolved, fork)
     # after the recipe is known to be good: these take seconds
     from gpt.train import check
+    from launch.hub import fetch
     from launch.local import default_processes, run_workers
+
+    resolved = fetch(resolved)
 
     if processes is None:
         processes, reason = default_processes()
@@ -249,6 +252,91 @@ def _stop_before_start(number: int, frame: Any) -> None:
     print(f"trainyard: {signal.Signals(number).name}: stopped before the workers were started", file=sys.stderr)
     sys.stderr.flush()
     os._exit(85)
+
+
+@app.command()
+def submit(
+    recipe: Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")],
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.")],
+    processes_per_node: Annotated[int, typer.Option(help="Worker processes of each node: one a GPU where it has any.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node.")] = None,
+    cpus_per_process: Annotated[
+        int | None, typer.Option(help="Cores for each process; default: 1, and all of the node with --exclusive.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition, as sbatch takes it; so are the next ones.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit: MINUTES, HH:MM:SS, DAYS-HH, …")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of each node: 500G, …")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Features of the nodes.")] = None,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Whole nodes.")] = False,
+    reservation: Annotated[str | None, typer.Option(help="Reservation.")] = None,
+    container: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Apptainer image (.sif or a folder), else an image for Pyxis.")
+    ] = None,
+    module: Annotated[list[str] | None, typer.Option(help="Environment module to load; may be repeated.")] = None,
+    extra_line: Annotated[
+        list[str] | None,
+        typer.Option(help="A line for the script as it is, #SBATCH … or a command before the start; may be repeated."),
+    ] = None,
+    chain: Annotated[
+        int, typer.Option(help="So many jobs one after another, for clusters that forbid requeueing.")
+    ] = 1,
+    then: Annotated[
+        str | None, typer.Option(metavar="export", help="Also submit the export of the finished run.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B,…", help="A run for each value, as an array; may be repeated.")
+    ] = None,
+    write_bandwidth: Annotated[
+        str | None, typer.Option(metavar="500MB/s", help="Bandwidth of writing a checkpoint; default: measured here.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print the job script instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe here, freeze it, and submit a Slurm job that saves and requeues itself until the run is finished.
+
+    Example: `trainyard submit launch/recipes/llama_7b_64gpu.yaml --nodes 8 --processes-per-node 8 --gpus-per-node 8`
+    """
+    if then not in (None, "export"):
+        raise typer.BadParameter(f"--then is {then!r}; the one thing that may follow is export")
+    from launch.slurm import Request
+    from launch.submit import submit as run_submit
+    from launch.submit import what_to_watch
+
+    request = Request(
+        nodes=nodes,
+        processes_per_node=processes_per_node,
+        gpus_per_node=gpus_per_node,
+        cpus_per_process=cpus_per_process,
+        partition=partition,
+        account=account,
+        qos=qos,
+        time=time,
+        memory=memory,
+        constraint=constraint,
+        exclusive=exclusive,
+        reservation=reservation,
+        container=container,
+        modules=module or [],
+        extra_lines=extra_line or [],
+    )
+    with _answer(as_json) as answer:
+        result = run_submit(
+            recipe,
+            overrides or [],
+            request,
+            chain=chain,
+            then_export=then is not None,
+            sweep=sweep or [],
+            write_bandwidth=write_bandwidth,
+            dry_run=dry_run,
+        )
+        answer(result)
+        print("\n".join([*result["notes"], *(f"warning: {text}" for text in result["warnings"])]), file=sys.stderr)
+        if not as_json:
+            print("\n".join(result["scripts"].values() if dry_run else what_to_watch(result)))
 
 
 @app.command()
