@@ -237,14 +237,16 @@ def train(
     from gpt.train import check
     from launch.hub import fetch
     from launch.local import default_processes, run_workers
+    from launch.log_folder import refusals_recorded
 
     resolved = fetch(resolved)
 
     if processes is None:
         processes, reason = default_processes()
         print(f"processes: {processes} ({reason})", flush=True)
-    check(resolved, processes * nodes)
-    code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+    with refusals_recorded(resolved.run_directory()):
+        check(resolved, processes * nodes)
+        code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     raise typer.Exit(code)
 
 
@@ -337,6 +339,48 @@ def submit(
         print("\n".join([*result["notes"], *(f"warning: {text}" for text in result["warnings"])]), file=sys.stderr)
         if not as_json:
             print("\n".join(result["scripts"].values() if dry_run else what_to_watch(result)))
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until the run ends or Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a run is doing, from its directory alone: state, step, loss, speed, ETA, checkpoint, restarts, queue, ranks.
+
+    Example: `trainyard status runs/quickstart-pretrain --watch`
+    """
+    from launch import status as shown
+
+    if watch and as_json:
+        raise typer.BadParameter("give --watch or --json, not both")
+    if as_json:
+        print(json.dumps(shown.report(run), ensure_ascii=False, indent=2))
+    elif watch:
+        from rich.live import Live
+        from rich.text import Text
+
+        with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+            for found in shown.watch(run):
+                live.update(Text("\n".join(shown.describe(found))), refresh=True)
+    else:
+        print("\n".join(shown.describe(shown.report(run))))
+
+
+@app.command()
+def why(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Why a run died, or that it did not: one sentence, the evidence with its files, and what to do next.
+
+    Example: `trainyard why runs/quickstart-pretrain`
+    """
+    from launch import why as explained
+
+    found = explained.explain(run)
+    print(json.dumps(found, ensure_ascii=False, indent=2) if as_json else "\n".join(explained.describe(found)))
 
 
 @app.command()

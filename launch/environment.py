@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from gpt.run_directory import CHOSEN_VARIABLES
+
 MIB = 2**20
 
 # glibc returns the large temporary tensors of each step to the kernel and faults their pages in again at the next.
@@ -34,6 +36,21 @@ def worker_environment(processes: int) -> dict[str, str]:
     Args:
         processes: worker processes on this host, at least 1.
     """
+    settings = {name: value for name, value in _wanted(processes).items() if name not in os.environ}
+    return settings | {CHOSEN_VARIABLES: " ".join(settings)}
+
+
+def own_settings(processes: int) -> list[str]:
+    """The variables that the user has set otherwise than Trainyard would, as "name=value (Trainyard's: value)"."""
+    wanted = _wanted(processes)
+    return [
+        f"{name}={os.environ[name]} (Trainyard's: {value})"
+        for name, value in wanted.items()
+        if os.environ.get(name, value) != value
+    ]
+
+
+def _wanted(processes: int) -> dict[str, str]:
     has_cuda = cuda_devices() > 0
     settings = {
         # one thread per physical core over all workers; torch takes every core for each worker by itself
@@ -48,7 +65,7 @@ def worker_environment(processes: int) -> dict[str, str]:
     if not has_cuda:
         settings["DS_ACCELERATOR"] = "cpu"  # DeepSpeed guesses by installed packages, not by devices
         settings |= MALLOC_SETTINGS
-    return {name: value for name, value in settings.items() if name not in os.environ}
+    return settings
 
 
 def network_environment(interface: str | None, own_address: str) -> dict[str, str]:

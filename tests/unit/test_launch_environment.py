@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
+from gpt.run_directory import CHOSEN_VARIABLES, describe_environment
 from launch import environment
 from launch.environment import clear_stale_build_locks, worker_environment
 
@@ -55,6 +56,13 @@ def test_the_users_own_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS" not in settings
     assert "MALLOC_TOP_PAD_" not in settings
     assert "MALLOC_TRIM_THRESHOLD_" in settings
+    assert environment.own_settings(1)[0].startswith("OMP_NUM_THREADS=3 (Trainyard's: ")
+    assert settings[CHOSEN_VARIABLES].split() == [name for name in settings if name != CHOSEN_VARIABLES]
+    monkeypatch.setenv(CHOSEN_VARIABLES, settings[CHOSEN_VARIABLES])
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", settings["MALLOC_TRIM_THRESHOLD_"])
+    shown = describe_environment(world_size=1)["variables"]
+    assert (shown["set_outside"]["OMP_NUM_THREADS"], shown["set_outside"]["MALLOC_TOP_PAD_"]) == ("3", "1")
+    assert list(shown["chosen_by_trainyard"]) == ["MALLOC_TRIM_THRESHOLD_"]
 
 
 def test_hosts_of_a_run_use_the_interface_of_their_address(monkeypatch: pytest.MonkeyPatch) -> None:

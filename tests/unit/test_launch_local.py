@@ -332,8 +332,8 @@ def test_a_signal_while_no_worker_is_there(
     worker("os.kill(os.getpid(), signal.SIGKILL)")
     record = local._record
 
-    def record_and_be_signalled(owner: Any, event: str, **details: Any) -> None:
-        record(owner, event, **details)
+    def record_and_be_signalled(recipe: Recipe, logs: Path, event: str, **details: Any) -> None:
+        record(recipe, logs, event, **details)
         if event == "restart":
             os.kill(os.getpid(), signal.SIGTERM)
 
