@@ -29,7 +29,7 @@ PROBE_BYTES = 64 * 2**20
 SLURM_TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(\d+)(?::(\d+)(?::(\d+))?)?)")
 MEMORY = re.compile(r"\d+[KMGTkmgt]?")
 BYTES_PER_SECOND = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?(?:/s)?", re.IGNORECASE)
-PLAIN = re.compile(r"[A-Za-z0-9_./,:=@%+-]")
+PLAIN = re.compile(r"[A-Za-z0-9_./,:=@%+-]+")
 COMMAND_TIMEOUT_SECONDS = 120
 
 
@@ -145,18 +145,31 @@ class Task:
 
 
 def escaped(value: str) -> str:
-    """A value for an `#SBATCH` line: Slurm's reader takes a character behind a backslash as it is, and nothing else
-    protects a `#`. Raises ValueError for a line break, which nothing can protect."""
-    if not value.isprintable():
-        raise ValueError(f"{value!r} cannot stand in a job script: it holds line breaks or control characters")
-    return "".join(c if PLAIN.match(c) or not c.isascii() else "\\" + c for c in value)
+    """A value for an `#SBATCH` line, quoted for Slurm's own reader.
+
+    That one takes quotes and backslashes nearly as a shell does (but a backslash does not keep a space in a word), and
+    `$` and backticks as they are.
+
+    Raises:
+        ValueError: a line break, which nothing can protect there.
+    """
+    _require_printable(value)
+    if PLAIN.fullmatch(value):
+        return value
+    return '"' + re.sub(r'(["\\#])', r"\\\1", value) + '"'
 
 
 def quoted(value: str) -> str:
     """A value for the shell. Raises ValueError for a line break, which the shell would take, but no reader expects."""
+    _require_printable(value)
+    if "," in value:  # shlex finds none in need of quotes; shellcheck takes one in an array for a mistake
+        return "'" + value.replace("'", "'\"'\"'") + "'"
+    return shlex.quote(value)
+
+
+def _require_printable(value: str) -> None:
     if not value.isprintable():
         raise ValueError(f"{value!r} cannot stand in a job script: it holds line breaks or control characters")
-    return shlex.quote(value)
 
 
 def time_limit_seconds(text: str) -> int | None:

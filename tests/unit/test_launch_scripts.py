@@ -13,7 +13,6 @@ SCRIPTS = (
     "launch/quickstart.sh",
     "tests/run.sh",
     ".ci/run",
-    "slurm/train.sbatch",
     "slurm/prepare_array.sbatch",
 )
 
@@ -123,38 +122,6 @@ def test_every_pinned_version_is_exact_and_runs_here() -> None:
         assert version(name).partition("+")[0] == pins[name]
 
 
-def test_job_script_starts_one_launcher_a_node(tmp_path: Path) -> None:
-    executable(
-        tmp_path / "bin" / "scontrol", '#!/bin/bash\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n'
-    )
-    executable(
-        tmp_path / "bin" / "srun",
-        '#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "option $1"; shift; done\n'
-        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n',
-    )
-    executable(tmp_path / ".venv" / "bin" / "trainyard", '#!/bin/bash\nprintf "[%s]" "$@"; echo\n')
-    script = ROOT / "slurm" / "train.sbatch"
-    variables = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_NODELIST": "n[3-4]",
-        "SLURM_JOB_ID": "61234",
-        "SLURM_NNODES": "2",
-    }
-    done = bash(f"bash {script} 'my recipe.yaml' 'name=a $(id)'", tmp_path, **variables)
-    assert done.returncode == 0, done.stderr
-    launchers = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    assert launchers == [
-        f"[train][my recipe.yaml][name=a $(id)][--nodes][2][--node-rank][{node}][--rendezvous][n3:21234]"
-        for node in (0, 1)
-    ]
-    assert "option --kill-on-bad-exit=1" in done.stdout
-
-    refused = bash(f"bash {script}", tmp_path, **variables)
-    assert refused.returncode == 2
-    assert "no recipe given" in refused.stderr
-
-
 def test_array_script_gives_each_task_its_share(tmp_path: Path) -> None:
     executable(tmp_path / ".venv" / "bin" / "trainyard", '#!/bin/bash\nprintf "[%s]" "$@"; echo\n')
     script = ROOT / "slurm" / "prepare_array.sbatch"
@@ -177,9 +144,8 @@ def test_array_script_gives_each_task_its_share(tmp_path: Path) -> None:
         assert refused.stdout == ""
 
 
-@pytest.mark.parametrize("name", ["train.sbatch", "prepare_array.sbatch"])
-def test_job_script_options_are_ones_that_sbatch_takes_as_they_are(name: str) -> None:
-    lines = (ROOT / "slurm" / name).read_text().splitlines()
+def test_array_script_options_are_ones_that_sbatch_takes_as_they_are() -> None:
+    lines = (ROOT / "slurm" / "prepare_array.sbatch").read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
     assert len(options) > 3
     assert [option for option in options if not option.startswith("--") or "$" in option] == []
