@@ -47,8 +47,8 @@ class Decision:
     """What comes after the end of the launchers."""
 
     name: str
-    """finished, go on, failed (and go on), refused, no progress or cancelled. Of a start that could not say, Slurm's next
-    start of the job writes: lost."""
+    """finished, go on, failed (and go on), refused, no progress or cancelled. Of a start that could not say, the job's
+    next one writes: lost."""
     reason: str
 
     @property
@@ -127,10 +127,13 @@ class Start:
     """The last step that is written."""
 
 
-def run_job(job: Job, srun: Sequence[str], trainyard: Sequence[str], processes: int, *, requeue: bool) -> int:
+def run_job(
+    job: Job, srun: Sequence[str], trainyard: Sequence[str], nodes: int, processes: int, *, requeue: bool
+) -> int:
     """Run a job of a run from its start to the decision on its end.
 
     Args:
+        nodes: as many as the run was submitted for.
         srun: further options of srun.
         trainyard: the command as the nodes call it.
         processes: workers of each node.
@@ -145,6 +148,8 @@ def run_job(job: Job, srun: Sequence[str], trainyard: Sequence[str], processes: 
     job.record("start")
     _note_lost_start(job)
     job.note("job started", nodes=os.environ["SLURM_JOB_NODELIST"])
+    if int(os.environ["SLURM_NNODES"]) != nodes:
+        return _refuse_nodes(job, nodes, processes)
     began, events, folders = job.checkpoint(), len(job.events("failed", "stopped")), set(_log_folders(job.run))
     code, asked = _Launchers(job).run(_srun_command(job, srun, trainyard, processes))
     new = [folder for folder in _log_folders(job.run) if folder not in folders]
@@ -226,7 +231,7 @@ class _Launchers:
                     self._look_at_the_time()
 
     def _ask(self, why: str) -> None:
-        """Pass a request to stop on, once. srun takes SIGTERM as an order to kill; SIGUSR1 it passes on to all tasks."""
+        """Pass a request on, once. srun takes SIGTERM as an order to kill; SIGUSR1 it passes on to all tasks."""
         if self._asked:
             return
         self._asked = True
@@ -273,10 +278,22 @@ def _srun_command(job: Job, srun: Sequence[str], trainyard: Sequence[str], proce
     # by the job's number, so that two jobs on one node do not meet at the same port
     port = FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS
     rendezvous = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-    task = 'rendezvous="$1"; shift; exec "$@" --nodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --rendezvous "$rendezvous"'
+    meeting = ["--nodes", os.environ["SLURM_NNODES"], "--rendezvous", rendezvous]
+    train = [*trainyard, "train", str(job.recipe), "--processes", str(processes), *meeting]
     options = ["--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--wait={LAST_TASK_SECONDS}", "--cpu-bind=none", *srun]
-    train = [*trainyard, "train", str(job.recipe), "--processes", str(processes)]
-    return ["srun", *options, "bash", "-c", task, "task", rendezvous, *train]
+    return ["srun", *options, "bash", "-c", 'exec "$@" --node-rank "$SLURM_NODEID"', "task", *train]
+
+
+def _refuse_nodes(job: Job, nodes: int, processes: int) -> int:
+    reason = (
+        f"job {job.id} has {os.environ['SLURM_NNODES']} nodes, but the run was submitted for {nodes} nodes with "
+        f"{processes} processes each: take options that change the number of nodes away, and submit it again"
+    )
+    job.note("failed", failure="refused", exit_code=1, reason=reason)
+    job.record("end")
+    job.note("job ended", decision="refused", reason=reason, exit_code=1)
+    print(f"trainyard: error: {reason}", file=sys.stderr)
+    return 1
 
 
 def _earlier_end(job: Job) -> dict[str, Any] | None:
@@ -327,6 +344,7 @@ def main() -> None:
     """Entry point of the job script."""
     parser = argparse.ArgumentParser(prog="launch.job", description="Runs inside a Slurm job, on its first node.")
     parser.add_argument("recipe", type=Path, help="the frozen recipe")
+    parser.add_argument("--nodes", type=int, required=True, help="nodes that the run was submitted for")
     parser.add_argument("--processes", type=int, required=True, help="worker processes of each node")
     parser.add_argument("--requeue", action="store_true", help="the job may go back into the queue")
     parser.add_argument("--srun", action="append", default=[], metavar="OPTION", help="option of srun")
@@ -334,7 +352,7 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         job = Job.of_this_process(chosen.recipe)
-        code = run_job(job, chosen.srun, chosen.trainyard, chosen.processes, requeue=chosen.requeue)
+        code = run_job(job, chosen.srun, chosen.trainyard, chosen.nodes, chosen.processes, requeue=chosen.requeue)
     except (ValueError, OSError) as error:
         print(f"trainyard: error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
