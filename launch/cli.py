@@ -417,24 +417,54 @@ def evaluate(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Run directory.")],
+    source: Annotated[Path, typer.Argument(help="Run directory, or a folder of DeepSpeed's own save_checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of the model to write; must not exist or be empty.")],
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of a run's checkpoint; default: the newest.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
     ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also write the model as one file for llama.cpp.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(metavar="DIR|FILE", help="Configuration of the model in a DeepSpeed checkpoint.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Its tokenizer.")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Load DeepSpeed files with more than tensors: they may run any code.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB, 500MB or 2GiB.")] = "5GB",
+    licence: Annotated[
+        str, typer.Option("--license", help="The hub's identifier of the weights' licence, for the model card.")
+    ] = "unknown",
     as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
 
-    Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat`
-    """
-    from gpt.export import export_run
+    A DeepSpeed checkpoint (ZeRO 1, 2 or 3) is a folder with `latest`, or one of its tag folders; it needs --ungated,
+    since it has no record of the engine's logits. Without --config or --tokenizer, config.json and the tokenizer are
+    looked for in the tag folder, in the folder of the tags, and in the one above it: the first that is found is taken.
 
+    Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat` or
+    `trainyard export old/checkpoints --config old/model --tokenizer old/model --ungated --out exports/old`
+    """
+    from data_pipeline.provenance import describe_origin
+    from gpt.deepspeed_checkpoint import is_deepspeed_checkpoint
+    from gpt.export import export_deepspeed, export_run
+
+    foreign = is_deepspeed_checkpoint(source)
+    if foreign and step is not None:
+        raise typer.BadParameter("--step is for runs; name the tag folder of a DeepSpeed checkpoint instead")
+    if not foreign and (config or tokenizer or trust_pickle):
+        raise typer.BadParameter("--config, --tokenizer and --trust-pickle are for DeepSpeed checkpoints")
     with _answer(as_json) as answer:
         with _progress("export") as progress:
-            report = export_run(source, out, step=step, dtype=dtype, ungated=ungated, progress=progress)
+            given: dict[str, Any] = {"dtype": dtype, "ungated": ungated, "progress": progress}
+            given |= {"max_shard_size": max_shard_size, "licence": licence, "gguf": gguf}
+            if foreign:
+                given |= {"config": config, "tokenizer": tokenizer, "trust_pickle": trust_pickle}
+                report = export_deepspeed(source, out, **given)
+            else:
+                report = export_run(source, out, step=step, describe_data=describe_origin, **given)
         answer(report)
         if not as_json:
             _print_values(report)
@@ -493,6 +523,26 @@ def chat(
     from gpt.generate import chat as run_chat
 
     run_chat(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from this host only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer everyone, without the printed token.")] = False,
+) -> None:
+    """Serve a model with an OpenAI-compatible interface; Ctrl-C ends.
+
+    Prints its address, the model's name and a token, made anew each time, which requests must carry as their API key.
+
+    Example: `trainyard serve exports/quickstart-chat --port 8000`
+    """
+    from gpt.serve import serve as run_serve
+
+    run_serve(model, host=host, port=port, authenticate=not no_auth)
 
 
 def _print_values(values: dict[str, Any]) -> None:

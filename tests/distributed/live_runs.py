@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import yaml
+from forked import Forked
 
 PROJECT = Path(__file__).resolve().parents[2]
 PLAYS = PROJECT / "data_pipeline" / "embedded" / "shakespeare"
@@ -35,9 +37,27 @@ GPT2_WITH_DROPOUT = {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head":
 
 def trainyard(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
-    done = subprocess.run([*CLI, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment())
+    run = run_forked if arguments[0] == "train" else run_interpreter
+    done = run(*arguments, cwd=cwd)
     assert not check or done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
     return done
+
+
+def run_interpreter(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment())
+
+
+def run_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = Forked([*arguments], cwd=cwd, output=output, errors=errors, env=environment())
+        try:
+            code = process.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())
 
 
 def environment() -> dict[str, str]:
@@ -110,14 +130,20 @@ class Runs:
         is a command that starts the one behind it."""
         recipe = self.write_recipe(name, **changes)
         log_file = self.folder / f"{name}{log}.log"
-        process = subprocess.Popen(
-            [*prefix, *CLI, "train", str(recipe), "--processes", str(processes), *arguments],
-            cwd=self.folder,
-            stdout=log_file.open("w", encoding="utf-8"),
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            start_new_session=True,
-        )
+        words = ["train", str(recipe), "--processes", str(processes), *arguments]
+        with log_file.open("w", encoding="utf-8") as output:
+            process = (
+                subprocess.Popen(
+                    [*prefix, *CLI, *words],
+                    cwd=self.folder,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(),
+                    start_new_session=True,
+                )
+                if prefix
+                else Forked(words, cwd=self.folder, output=output, errors=output, env=environment())
+            )
         return Live(process, self.directory(name), log_file)
 
 
@@ -125,7 +151,7 @@ class Runs:
 class Live:
     """A run that is under way."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     directory: Path
     log: Path
 

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from live_runs import CLI, Runs, environment
+from live_runs import CLI, PROJECT, Runs, environment
+
+MINI_CLUSTER = PROJECT / "slurm" / "mini_cluster.sh"
+NODES = 6
 
 PACE = """
 import os, sys, time
@@ -47,8 +50,7 @@ class SlurmRuns(Runs):
     def submit(self, name: str, *options: str, pace_seconds: float = 0.0, **changes: Any) -> str:
         """Write the recipe and submit it; the job's id."""
         recipe = self.write_recipe(name, **changes)
-        variables = {**environment(), "TRAINYARD_RUNS": ""}
-        del variables["TRAINYARD_RUNS"]
+        variables = environment()
         if pace_seconds:
             self.pace_file(name).write_text(str(pace_seconds), encoding="utf-8")
             (self.folder / "sitecustomize.py").write_text(PACE, encoding="utf-8")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MINI_CLUSTER, NODES
 from live_runs import comparable, trainyard
-from slurm_runs import SlurmRuns, command, fields, scontrol
+from slurm_runs import MINI_CLUSTER, NODES, SlurmRuns, command, fields, scontrol
 
 OWN_NODES = ("--extra-line", "#SBATCH --nodelist=n[1-2]")
 TWO = ("--nodes", "2", "--processes-per-node", "1")
