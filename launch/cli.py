@@ -343,7 +343,7 @@ def submit(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: Annotated[Path, typer.Argument(help="Run directory, or a sweep's folder.")],
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew until the run ends or Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -355,17 +355,16 @@ def status(
 
     if watch and as_json:
         raise typer.BadParameter("give --watch or --json, not both")
-    if as_json:
-        print(json.dumps(shown.report(run), ensure_ascii=False, indent=2))
-    elif watch:
+    if watch:
         from rich.live import Live
         from rich.text import Text
 
         with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
-            for found in shown.watch(run):
-                live.update(Text("\n".join(shown.describe(found))), refresh=True)
-    else:
-        print("\n".join(shown.describe(shown.report(run))))
+            for lines in shown.watch(run):
+                live.update(Text("\n".join(lines)), refresh=True)
+        return
+    answer, lines, _ = shown.read(run)
+    print(json.dumps(answer, ensure_ascii=False, indent=2) if as_json else "\n".join(lines))
 
 
 @app.command()

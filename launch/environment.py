@@ -3,11 +3,14 @@
 A variable that the user has set already is never changed.
 """
 
+import contextlib
 import os
 import platform
 import re
+import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +20,7 @@ import psutil
 from gpt.run_directory import CHOSEN_VARIABLES
 
 MIB = 2**20
+LEFTOVER_SECONDS = 24 * 3600.0
 
 # glibc returns the large temporary tensors of each step to the kernel and faults their pages in again at the next.
 # A 7 M parameter Llama, bf16, 8 x 512 tokens, one thread: 2,369 tokens/s and 870,000 page faults without these
@@ -57,7 +61,7 @@ def _wanted(processes: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, usable_cores() // processes)),
         # forks of a process that has used the tokenizer's own threads would deadlock or warn
         "TOKENIZERS_PARALLELISM": "false",
-        # a host's and a version's own folder: a build for another CPU or torch is never loaded
+        # a host's and a version's own folder: a build for another CPU or torch is never loaded; see own_extensions
         "TORCH_EXTENSIONS_DIR": str(extensions_directory(has_cuda)),
         # lines reach logs and terminal when they are written, not when a buffer is full
         "PYTHONUNBUFFERED": "1",
@@ -126,6 +130,38 @@ def extensions_directory(has_cuda: bool) -> Path:
     )
     host = re.sub(r"[^A-Za-z0-9._-]", "_", platform.node()) or "unnamed"
     return cache_directory() / "extensions" / host / build
+
+
+@contextlib.contextmanager
+def own_extensions(shared: Path) -> Iterator[Path]:
+    """A copy of the compiled extensions for one start of a Slurm job on this host; what it builds goes to `shared`.
+
+    torch takes a lock at every start, also where nothing is to be built, and waits for it without end. In one folder a
+    job would wait for another job of this user that was suspended, or is killed in a container of its own, meanwhile.
+    """
+    own = shared.with_name(f"{shared.name}.job{os.environ['SLURM_JOB_ID']}-{os.getpid()}")
+    for left in shared.parent.glob(f"{shared.name}.job*"):
+        if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:  # a kill's; a living job has long loaded its own
+            shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    shared.mkdir(parents=True, exist_ok=True)
+    for extension in _built(shared):
+        shutil.copytree(extension, own / extension.name)  # with times, by which ninja sees that nothing is to be done
+        if (extension / "lock").exists():  # it is being built anew: the copy may be half of the one and of the other
+            shutil.rmtree(own / extension.name)
+    try:
+        yield own
+    finally:
+        for extension in _built(own):
+            with contextlib.suppress(OSError):  # it is there already
+                extension.rename(shared / extension.name)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _built(folder: Path) -> list[Path]:
+    """The extensions of a folder that are whole: whoever builds one holds its lock until then."""
+    return [file.parent for file in folder.glob("*/*.so") if not (file.parent / "lock").exists()]
 
 
 def clear_stale_build_locks(folder: Path) -> list[Path]:

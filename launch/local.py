@@ -122,7 +122,7 @@ class _Outcome:
     exit_code: int
     details: dict[str, Any] = field(default_factory=dict)
     """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, exception, killed, exit or hang) and
-    as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, and the `file` that says more."""
+    as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, and the `file` of the traceback."""
     may_start_again: bool = False
     """Whether another start may help."""
 
@@ -170,7 +170,7 @@ def _record(recipe: "Recipe", logs: Path, event: str, **details: Any) -> None:
     else as `outcome.json` beside its logs."""
     run = recipe.run_directory()
     steps = [beat.step for beat in read_beats(run, newest_generation(run)).values() if beat.launcher == os.getpid()]
-    details = {"host": host_label(), **details, "step": max(steps, default=None)}
+    details = {"host": host_label(), "file": f"logs/{logs.name}", **details, "step": max(steps, default=None)}
     with contextlib.suppress(OSError):  # the file system may be what failed
         with contextlib.suppress(SupersededError):
             if owner := claimed_from(run, os.getpid()):
@@ -237,7 +237,8 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
     before = dict(os.environ)
     if own := environment.own_settings(processes):
         print(f"environment: your own settings stay: {', '.join(own)}", flush=True)
-    os.environ.update(environment.worker_environment(processes))
+    chosen = environment.worker_environment(processes)
+    os.environ.update(chosen)
     os.environ["TRAINYARD_RECIPE"] = json.dumps(recipe.model_dump(mode="json"))
     os.environ["TRAINYARD_ERROR_DIRECTORY"] = str(errors)
     for lock in environment.clear_stale_build_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
@@ -246,7 +247,11 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
         if name.startswith("torch.distributed.elastic"):  # the agent's own words; this file says what happened
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if "SLURM_JOB_ID" in os.environ and (shared := chosen.get("TORCH_EXTENSIONS_DIR")):
+                folder = stack.enter_context(environment.own_extensions(Path(shared)))
+                os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+            yield
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -323,11 +328,11 @@ def _explain(
     traceback."""
     place = f"trainyard: what every rank printed: {logs}"
     if hang is not None:
-        found = {"failure": "hang", "reason": hang, "file": f"logs/{logs.name}"}
+        found = {"failure": "hang", "reason": hang}
         return _Outcome(HANG_EXIT_CODE, found, may_start_again=True), [place, f"trainyard: error: {hang}"]
     refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(logs.glob("rank_*[0-9].txt"))]
     if refusals := list(dict.fromkeys(refusals)):
-        found = {"failure": "refused", "reason": "; ".join(refusals), "file": f"logs/{logs.name}"}
+        found = {"failure": "refused", "reason": "; ".join(refusals)}
         return _Outcome(1, found), [f"trainyard: error: {sentence}" for sentence in refusals]
     tracebacks = {_rank_of(file): file for file in logs.glob("rank_*.traceback.txt")}
     sigkill, out_of_memory = explain_sigkill(oom_kills_before, oom_kills())
@@ -340,7 +345,7 @@ def _explain(
         f"{_worker(rank, failure)} ended with exit code {failure.exitcode} and left no traceback"
         for rank, failure in silent.items()
     ]
-    details: dict[str, Any] = {"failure": "exit", "reason": "; ".join(causes), "file": f"logs/{logs.name}"}
+    details: dict[str, Any] = {"failure": "exit", "reason": "; ".join(causes)}
     if killed:
         number, sentences = next(iter(killed.items()))
         details |= {"failure": "killed", "rank": min(sentences), "signal": number.name}

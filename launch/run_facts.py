@@ -72,7 +72,7 @@ class RunFacts:
     @property
     def last_sign(self) -> float | None:
         """When anything of the newest start was last written."""
-        times = [beat.time for beat in self.beats] + [self.claim["time"]] * bool(self.claim)
+        times = [beat.time for beat in self.beats] + ([self.claim["time"]] if self.claim else [])
         times += [event["time"] for event in self.events if event["generation"] == self.generation]
         times += [record["time"] for record in self.records[-1:] if "time" in record]
         return max(times, default=None)
@@ -162,12 +162,12 @@ def _claim(run: Path, generation: int, problems: list[str]) -> Event:
     if not generation:
         return {}
     file = claim_file(run, generation)
+    claim: Event = {"generation": generation, "time": 0.0, "stale_seconds": 60.0, "host": "an unknown host"}
     try:
-        claim = json.loads(file.read_bytes())
-        return {"generation": generation, "time": file.stat().st_mtime, "stale_seconds": 60.0, "host": ""} | claim
+        claim |= {"time": file.stat().st_mtime} | json.loads(file.read_bytes())
     except (OSError, ValueError, TypeError):
         problems.append(f"generations/{file.name} cannot be read")
-        return {}
+    return claim
 
 
 def _outcome(folder: Path, problems: list[str]) -> Event | None:
@@ -201,12 +201,13 @@ def _newest_checkpoint(run: Path) -> tuple[int, float] | None:
 
 
 def _hang_seconds(run: Path, problems: list[str]) -> float:
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            return float(yaml.safe_load((run / "recipe.yaml").read_bytes())["faults"]["hang_seconds"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-            problems.append("recipe.yaml cannot be read: faults.hang_seconds is taken for 600")
-    return 600.0
+    try:
+        return float(yaml.safe_load((run / "recipe.yaml").read_bytes())["faults"]["hang_seconds"])
+    except FileNotFoundError:  # nothing has started yet
+        return 600.0
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        problems.append("recipe.yaml cannot be read: faults.hang_seconds is taken for 600")
+        return 600.0
 
 
 def _living_launcher(run: Path) -> str | None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.submitted import submitted_jobs
+
 ASKING_SECONDS = 10
 """How long Slurm may take to answer: its controller may be down."""
 _FIELD = re.compile(r"(?:^|\s)([A-Z][\w/:]*)=(\S*)")
@@ -57,11 +59,17 @@ class JobRecord:
 
 
 def find_job(run: Path, claim: dict[str, Any], events: Sequence[dict[str, Any]]) -> JobRecord | None:
-    """The newest job of a run: by the job script's events, else by the newest start. None where there was none."""
-    jobs = [event["job"] for event in events if event["event"] in ("job submitted", "job started") and "job" in event]
-    job = str(jobs[-1] if jobs else claim.get("job") or "")
-    if not re.fullmatch(r"\d+(_\d+)?", job):
-        return None
+    """The job that a run runs in, waits for or had last: by its job script's events, its newest start, and what was
+    submitted. None where there was none."""
+    started = [event["job"] for event in events if event["event"] == "job started" and "job" in event]
+    jobs = [str(started[-1] if started else claim.get("job") or "")]
+    jobs += [job for submitted in submitted_jobs(run)[-1:] for job in submitted.job_ids]
+    records = [_record(run, job) for job in dict.fromkeys(jobs) if re.fullmatch(r"\d+(_\d+)?", job)]
+    to_come = [record for record in records if record.is_waiting or record.state == "RUNNING"]
+    return next(iter(to_come + [record for record in records if record.state] + records), None)
+
+
+def _record(run: Path, job: str) -> JobRecord:
     started, ended = (_newest_kept(run, job, when) for when in ("start", "end"))
     for command in (
         ["scontrol", "show", "job", "--oneliner", job],
@@ -70,7 +78,7 @@ def find_job(run: Path, claim: dict[str, Any], events: Sequence[dict[str, Any]])
         text = _ask(command)
         now = parse_job(text) if command[0] == "scontrol" else _parse_accounting(text)
         if "JobState" in now:
-            return JobRecord(job, now, started[1], ended[1], " ".join(command[:3]) + f" {job}")
+            return JobRecord(job, now, started[1], ended[1], f"{command[0]} now")
     return JobRecord(job, {}, started[1], ended[1], ended[0] or started[0])
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from gpt.heartbeat import Beat
 from launch.run_facts import Event, RunFacts, is_running, read_facts
+from launch.submitted import is_sweep, read_sweep
 
 TREND_STEPS = 20
 WATCH_SECONDS = 5.0
 """Slurm's controller is asked each time, too."""
-RUNNING_STATES = ("running", "starting", "hung")
+RUNNING_STATES = ("running", "starting", "hung", "ending")
+UNFINISHED_STATES = (*RUNNING_STATES, "waiting")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class State:
     """What a run is doing."""
 
     name: str
-    """not started, waiting, starting, running, hung, stopped, finished, failed or dead."""
+    """not started, waiting, starting, running, hung, ending, stopped, finished, failed or dead."""
     reason: str
     """In a sentence."""
     outcome: Event | None = None
@@ -41,7 +43,12 @@ def judge(facts: RunFacts) -> State:
     if facts.job is not None and facts.job.is_waiting:
         last = f"; before, {outcome['reason']}" if outcome else ""
         return State("waiting", f"job {facts.job.job} is {facts.job.describe()}{last}", outcome)
+    if not facts.beats and facts.is_here and is_running(facts.claim["pid"], facts.claim["time"]):
+        return State("starting", "its first rank has claimed the run")
     if facts.launching is not None and (outcome is None or facts.launching not in str(outcome.get("file"))):
+        restart = facts.last("restart", "start", "continue")
+        if facts.beats and (restart is None or restart["event"] != "restart"):
+            return State("ending", f"its ranks are gone, its launcher is about to say why (logs/{facts.launching})")
         return State("starting", f"its launcher is alive, no rank has claimed the run yet (logs/{facts.launching})")
     if outcome is not None:
         return State("stopped" if outcome["event"] == "stopped" else "failed", outcome["reason"], outcome)
@@ -81,11 +88,12 @@ def newest_outcome(facts: RunFacts) -> Event | None:
     restart = facts.last("restart")
     since = max(since, restart["time"]) if restart is not None else since
     found = [outcome for outcome in facts.outcomes if outcome["time"] >= since]
-    refused = [outcome for outcome in found if outcome.get("failure") == "refused" and outcome["generation"] is None]
+    unclaimed = [o for o in found if o["generation"] is None and o.get("failure") == "refused"]
+    refused = [outcome for outcome in unclaimed if outcome["time"] > (facts.last_sign or 0.0)]
     # a rank whose peer on another host has died fails, too, in other words
     order = {"killed": 0, "exit": 1, "exception": 2}
     first = sorted(
-        (outcome for outcome in found if outcome not in refused),
+        (outcome for outcome in found if outcome not in unclaimed),
         key=lambda outcome: (order.get(outcome.get("failure", ""), 3), outcome["time"]),
     )
     return refused[-1] if refused else first[0] if first else None
@@ -132,6 +140,18 @@ def report(run: Path) -> dict[str, Any]:
     }
 
 
+def sweep_report(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a sweep with their values, the best by validation loss first; those without one last."""
+    found = []
+    for run, entry in read_sweep(folder):
+        try:
+            shown = report(run)
+        except (FileNotFoundError, ValueError):
+            shown = {"run": str(run), "state": "not started", "step": 0, "loss": None, "validation": None}
+        found.append({"name": entry.name, "values": entry.values, **shown})
+    return sorted(found, key=lambda row: row["validation"]["loss"] if row["validation"] else math.inf)
+
+
 def loss_trend(losses: list[float | None]) -> dict[str, Any] | None:
     """Means of the newest TREND_STEPS finite losses and of those before: falling or rising where they differ by more
     than twice the standard error of the difference, else flat. None where there are too few."""
@@ -173,7 +193,7 @@ def _goodput(facts: RunFacts, state: State) -> dict[str, float] | None:
     first = next((event for event in facts.events if event["event"] == "start"), None)
     if first is None:
         return None
-    until = facts.now if state.name in (*RUNNING_STATES, "waiting") else facts.last_sign or facts.now
+    until = facts.now if state.name in UNFINISHED_STATES else facts.last_sign or facts.now
     seconds = until - first["time"]
     return {"share": facts.trained_seconds / seconds, "seconds": seconds} if seconds > 0 else None
 
@@ -256,6 +276,19 @@ def describe(found: dict[str, Any]) -> list[str]:
     return lines + [f"note: {remark}" for remark in found["remarks"]]
 
 
+def describe_sweep(rows: list[dict[str, Any]]) -> list[str]:
+    """A sweep as a table for people."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["values"]))
+    table = [["run", *keys, "state", "step", "loss", "validation"]]
+    for row in rows:
+        losses = [row["loss"], row["validation"]["loss"] if row["validation"] else None]
+        numbers = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
+        values = [row["values"].get(key, "-") for key in keys]
+        table.append([row["name"], *values, row["state"], f"{row['step']:,}", *numbers])
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+
+
 def _describe_trend(trend: dict[str, Any] | None) -> str:
     if trend is None:
         return ""
@@ -283,11 +316,24 @@ def duration(seconds: float) -> str:
     return f"{days} day{'s' * (days > 1)} {text}" if days else text
 
 
-def watch(run: Path) -> Iterator[dict[str, Any]]:
-    """Reports, one each WATCH_SECONDS, until nothing of the run is to come any more."""
+def read(place: Path) -> tuple[Any, list[str], bool]:
+    """Of a run directory or a sweep's folder: the answer for `--json`, its lines for people, whether more is to come.
+
+    Raises:
+        FileNotFoundError, ValueError: it is neither.
+    """
+    if is_sweep(place):
+        rows = sweep_report(place)
+        return rows, describe_sweep(rows), any(row["state"] in UNFINISHED_STATES for row in rows)
+    found = report(place)
+    return found, describe(found), found["state"] in UNFINISHED_STATES
+
+
+def watch(place: Path) -> Iterator[list[str]]:
+    """The lines of `read`, anew each WATCH_SECONDS, until nothing more is to come."""
     while True:
-        found = report(run)
-        yield found
-        if found["state"] not in (*RUNNING_STATES, "waiting"):
+        _, lines, goes_on = read(place)
+        yield lines
+        if not goes_on:
             return
         time.sleep(WATCH_SECONDS)

@@ -72,6 +72,7 @@ def _alive(facts: RunFacts, state: State) -> Explanation:
         "finished": (f"It did not die: {state.reason}.", "`trainyard evaluate` or `trainyard export` it"),
         "running": (f"It did not die: it runs, step {facts.step} is done ({state.reason}).", watch),
         "starting": (f"It did not die: it starts ({state.reason}).", watch),
+        "ending": (f"It ends: {state.reason}.", "ask again in a minute"),
         "waiting": (f"It waits in the queue: {state.reason}.", watch),
         "not started": (f"It has not begun: {state.reason}.", "start it with `trainyard train` or `trainyard submit`"),
     }
