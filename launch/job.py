@@ -31,8 +31,8 @@ STOPPED_EXIT_CODE = 85
 LAST_TASK_SECONDS = 120
 """How long the other nodes' launchers may take once the first one has ended: they notice a lost node by themselves, and
 the last save of a run must not be cut short because another node has nothing left to do."""
-LIMIT_INTERVAL_SECONDS = 60.0
-"""Between two questions to Slurm for the job's end, which its user may have moved."""
+LONGEST_INTERVAL_SECONDS = 60.0
+"""Between two looks at the job's end, which its user may have moved, and at what saves and steps take."""
 POLL_SECONDS = 1.0
 SLACK_SECONDS = 5.0
 """For a request to reach the ranks, and for the processes to end."""
@@ -215,7 +215,8 @@ class _Launchers:
         self._srun: subprocess.Popen[bytes] | None = None
         self._asked = False
         self._end: float | None = None
-        self._end_read = 0.0
+        self._needed: float | None = None
+        self._look_at = 0.0
 
     def run(self, command: Sequence[str]) -> tuple[int, bool]:
         """(exit code, whether this process asked for a stop), when all launchers have ended."""
@@ -256,18 +257,19 @@ class _Launchers:
 
     def _look_at_the_time(self) -> None:
         now = time.time()
-        if now - self._end_read > LIMIT_INTERVAL_SECONDS:
-            self._end_read = now
-            with contextlib.suppress(ValueError):  # "Unknown"
+        if now >= self._look_at:
+            # "Unknown", the controller does not answer, the file system is away: then it stays as it was
+            with contextlib.suppress(ValueError, OSError):
                 text = parse_job(_scontrol("show", "job", self._job.id)).get("EndTime", "")
                 self._end = time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
-        if self._asked or self._end is None or self._end - now > 24 * 3600:
-            return
-        needed = seconds_needed(
-            self._job.events("checkpoint committed"), list(json_lines(self._job.run / "metrics.jsonl"))
-        )
-        if needed is not None and self._end - now < needed:
-            self._ask(f"the time limit is in {self._end - now:.0f} s, and two saves and a step take {needed:.0f} s")
+            with contextlib.suppress(ValueError, OSError):
+                records = list(json_lines(self._job.run / "metrics.jsonl"))
+                self._needed = seconds_needed(self._job.events("checkpoint committed"), records)
+            left = LONGEST_INTERVAL_SECONDS if self._end is None else (self._end - now) / 10
+            self._look_at = now + min(max(left, POLL_SECONDS), LONGEST_INTERVAL_SECONDS)
+        if self._end is not None and self._needed is not None and self._end - now < self._needed:
+            left = self._end - now
+            self._ask(f"the time limit is in {left:.0f} s, and two saves and a step take {self._needed:.0f} s")
 
 
 def _srun_command(job: Job, srun: Sequence[str], trainyard: Sequence[str], processes: int) -> list[str]:
