@@ -125,6 +125,8 @@ class Start:
     """And when it ended."""
     step: int
     """The last step that is written."""
+    requeued: bool = False
+    """Whether Slurm has put the job back into the queue by itself."""
 
 
 def run_job(
@@ -156,14 +158,16 @@ def run_job(
     outcomes = job.events("failed", "stopped")[events:] + [o for folder in new for o in _outcome(folder)]
     fields = job.record("end")
     asked = asked or any((folder / REQUEST_NAME).exists() for folder in new)
-    start = Start(code, sorted(outcomes, key=lambda o: o["time"]), asked, fields, began, job.checkpoint(), job.step())
+    outcomes.sort(key=lambda outcome: outcome["time"])
+    requeued = int(fields.get("Restarts", job.restart)) > job.restart
+    start = Start(code, outcomes, asked, fields, began, job.checkpoint(), job.step(), requeued)
     decision = decide(start, job.events("job ended"))
     what = {"decision": decision.name, "reason": decision.reason, "exit_code": code}
     job.note("job ended", **what, began=began, checkpoint=start.checkpoint, step=start.step)
     print(f"trainyard: job {job.id}, start {job.restart + 1}: {decision.name}: {decision.reason}", flush=True)
-    if decision.goes_on and requeue:
+    if decision.goes_on and requeue and not requeued:
         _requeue(job)
-    elif decision.goes_on:
+    elif decision.goes_on and not requeue:
         print("trainyard: the next job of the chain goes on; without one, submit the run again", flush=True)
     return code
 
@@ -183,6 +187,8 @@ def decide(start: Start, ended: Sequence[dict[str, Any]]) -> Decision:
     last = ended[-1] if ended else {}
     preempted = start.fields.get("PreemptTime", "None") != "None"
     asked = start.asked or preempted or start.fields.get("JobState") == "TIMEOUT"
+    if start.requeued and not refusals:
+        return Decision("go on", "Slurm put the job back into the queue by itself: a node failed, or it was preempted")
     if start.code == STOPPED_EXIT_CODE or (asked and not refusals):
         gained = start.checkpoint > start.began
         if not gained and not preempted and last.get("decision") == "go on" and last["checkpoint"] <= last["began"]:

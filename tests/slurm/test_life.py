@@ -13,7 +13,7 @@ from slurm_runs import MINI_CLUSTER, NODES, SlurmRuns, command, fields, scontrol
 
 OWN_NODES = ("--extra-line", "#SBATCH --nodelist=n[1-2]")
 TWO = ("--nodes", "2", "--processes-per-node", "1")
-ONE_MINUTE = ("--time", "4", "--extra-line", "#SBATCH --time=1")  # submit itself refuses what leaves no time to save
+SHORT = ("--time", "4", "--extra-line", "#SBATCH --time=2")  # submit itself refuses what leaves no time to save
 OFTEN = {"checkpoint": {"every_steps": 5}}
 
 
@@ -31,11 +31,11 @@ def test_a_run_on_two_nodes_ends_and_is_not_requeued(reference: SlurmRuns) -> No
 
 @pytest.fixture(scope="module")
 def timed(reference: SlurmRuns) -> dict[str, str]:
-    """The jobs of two runs that do not end within their time limit of a minute. One gets a warning signal, the other
+    """The jobs of two runs that do not end within their time limit of two minutes. One gets a warning signal, the other
     only one that changes nothing."""
-    options = (*TWO, *OWN_NODES, *ONE_MINUTE, "--extra-line")
+    options = (*TWO, *OWN_NODES, *SHORT, "--extra-line")
     signals = {"warned": "#SBATCH --signal=USR1@15", "unwarned": "#SBATCH --signal=CONT@1"}
-    return {name: reference.submit(name, *options, line, pace_seconds=3.0, **OFTEN) for name, line in signals.items()}
+    return {name: reference.submit(name, *options, line, pace_seconds=6.0, **OFTEN) for name, line in signals.items()}
 
 
 @pytest.mark.full
@@ -72,7 +72,10 @@ def test_signals_preemption_and_lost_processes_and_nodes(reference: SlurmRuns, t
     reference.pace_file(name).unlink()
     subprocess.run([MINI_CLUSTER, "up", "--nodes", str(NODES)], check=True, capture_output=True, timeout=60)
     reference.wait_end(name, job)
-    decided("go on", "go on", "failed", "lost", "finished")
+    # whether the job script had time to say something depends on which of its nodes was lost, and how
+    [node_failure] = reference.job_events(name, "job ended")[3:-1]
+    assert node_failure["decision"] == "lost" or "Slurm put the job back" in node_failure["reason"]
+    decided("go on", "go on", "failed", node_failure["decision"], "finished")
     assert "SIGKILL" in reference.job_events(name, "job ended")[2]["reason"]
     assert comparable(reference.metrics(name)) == comparable(reference.metrics("reference"))
 

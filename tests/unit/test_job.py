@@ -32,6 +32,8 @@ def start(code: int, *outcomes: dict[str, Any], asked: bool = False, **changes: 
         (start(85), [], "go on"),
         (start(137, asked=True, checkpoint=11), [], "go on"),
         (start(137, fields=PREEMPTED), [FAILED_AT_12], "go on"),
+        (start(137, KILLED, requeued=True), [FAILED_AT_12], "go on"),
+        (start(1, REFUSED, requeued=True), [], "refused"),
         (start(85, fields={"JobState": "TIMEOUT"}), [FAILED_AT_12], "go on"),
         (start(85, asked=True, fields={"JobState": "CANCELLED"}), [], "cancelled"),
         (start(1, REFUSED), [], "refused"),
