@@ -4,7 +4,6 @@ Its files are pickles, which can run code when they are loaded. Here they are lo
 `ALLOWED` may occur, and inert ones stand in for them. Tensors stay in the files (mmap) until a chunk of them is used.
 """
 
-import itertools
 import json
 import math
 import pickle
@@ -124,7 +123,9 @@ class DeepSpeedWeights:
             self._copies = {name: parameters[name].reshape(-1) for name in self.shapes}
             frozen = {name: value for name, value in parameters.items() if name not in self.shapes}
             self.shapes |= {name: tuple(value.shape) for name, value in frozen.items()}
-            self._pieces = self._pieces_of_slices(optimizers) | {n: [v.reshape(-1)] for n, v in frozen.items()}
+            self._pieces = self._pieces_of_slices(first["param_shapes"], optimizers) | {
+                n: [v.reshape(-1)] for n, v in frozen.items()
+            }
         for name, shape in self.shapes.items():
             held = sum(piece.numel() for piece in self._pieces.get(name, []))
             if held != math.prod(shape):
@@ -224,10 +225,11 @@ class DeepSpeedWeights:
         for optimizer in optimizers:
             _check_count(optimizer, "fp32_flat_groups", len(groups))
         for index, group in enumerate(groups):
-            flats, start = [optimizer["fp32_flat_groups"][index] for optimizer in optimizers], 0
+            flats, start = [optimizer["fp32_flat_groups"][index].detach() for optimizer in optimizers], 0
             for name in group:
-                share = math.ceil(math.prod(self.shapes[name]) / self.world_size)
-                pieces[name] = _without_padding([flat[start : start + share] for flat in flats], self.shapes[name])
+                elements = math.prod(self.shapes[name])
+                share = math.ceil(elements / self.world_size)
+                pieces[name] = _cut([flat[start : start + share] for flat in flats], 0, elements)
                 start += share
             if any(flat.numel() != start for flat in flats):
                 sizes = ", ".join(str(flat.numel()) for flat in flats)
@@ -237,18 +239,28 @@ class DeepSpeedWeights:
         for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
             self.shapes[name] = tuple(shape)
             fragments = [model["frozen_param_fragments"][name].reshape(-1) for model in models]
-            pieces[name] = _without_padding(fragments, self.shapes[name])
+            pieces[name] = _cut(fragments, 0, math.prod(shape))
         return pieces
 
-    def _pieces_of_slices(self, optimizers: list[_Saved]) -> dict[str, list[torch.Tensor]]:
-        """Stages 1 and 2: a group is one vector that is cut into ranks, and each rank lists which part is whose."""
+    def _pieces_of_slices(self, groups: list[Any], optimizers: list[_Saved]) -> dict[str, list[torch.Tensor]]:
+        """Stages 1 and 2: a group's parameters, in order and perhaps padded, are one vector that is cut into ranks.
+
+        The files also hold `param_slice_mappings`, which are wrong with round_robin_gradients in DeepSpeed 0.19.8.
+        """
         pieces: dict[str, list[torch.Tensor]] = {}
         for optimizer in optimizers:
-            mappings = optimizer["param_slice_mappings"]
-            _check_count(optimizer, "single_partition_of_fp32_groups", len(mappings))
-            for mapping, flat in zip(mappings, optimizer["single_partition_of_fp32_groups"], strict=True):
-                for name, place in mapping.items():
-                    pieces.setdefault(name, []).append(flat.detach()[place.start : place.start + place.numel])
+            _check_count(optimizer, "single_partition_of_fp32_groups", len(groups))
+        for index, group in enumerate(groups):
+            flats = [optimizer["single_partition_of_fp32_groups"][index].detach() for optimizer in optimizers]
+            paddings = (optimizers[0].get("param_alignment_paddings") or [[0] * len(group)] * len(groups))[index]
+            start = 0
+            for name, padding in zip(group, paddings, strict=True):
+                elements = math.prod(self.shapes[name])
+                pieces[name] = _cut(flats, start, elements)
+                start += elements + padding
+            held = sum(flat.numel() for flat in flats)
+            if not 0 <= held - start < 2 * self.world_size:  # the vector may be filled up to 2 elements a rank
+                raise ValueError(f"The ranks in {self.directory} hold {held} elements of group {index}, not {start}.")
         return pieces
 
 
@@ -257,10 +269,13 @@ def _check_count(optimizer: _Saved, key: str, groups: int) -> None:
         raise ValueError(f"{optimizer.path} has {len(optimizer[key])} {key}, but the model {groups} groups.")
 
 
-def _without_padding(shares: list[torch.Tensor], shape: tuple[int, ...]) -> list[torch.Tensor]:
-    starts = itertools.accumulate((share.numel() for share in shares), initial=0)
-    elements = math.prod(shape)
-    return [share.detach()[: max(0, elements - start)] for share, start in zip(shares, starts, strict=False)]
+def _cut(flats: list[torch.Tensor], start: int, elements: int) -> list[torch.Tensor]:
+    """The elements `[start, start + elements)` of the vector that is the `flats` one after another, in pieces."""
+    pieces = []
+    for flat in flats:
+        pieces.append(flat[max(0, start) : max(0, start + elements)])
+        start -= flat.numel()
+    return pieces
 
 
 def _updates(optimizer: _Saved) -> set[float]:
@@ -339,6 +354,9 @@ def source_of_deepspeed(
                 "version": weights.version,
                 "zero_stage": weights.stage,
                 "world_size": weights.world_size,
+                "compared_with": None
+                if weights.stage == 3
+                else "the model's own weights, which the files hold as well",
                 "config": str(config_file),
                 "tokenizer": str(place),
             },

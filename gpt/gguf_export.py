@@ -183,7 +183,7 @@ def _add_model(writer: Any, config: PreTrainedConfig, name: str) -> None:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kind = {"bfloat16": "MOSTLY_BF16", "float16": "MOSTLY_F16", "float32": "ALL_F32"}[str(config.dtype).split(".")[-1]]
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(f"{name} ({config.model_type})")  # transformers reads a file named just "mistral" as another kind
     writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import xxhash
 
 from gpt.run_directory import CHOSEN_VARIABLES
 
@@ -123,9 +124,12 @@ def cache_directory() -> Path:
 
 
 def extensions_directory(has_cuda: bool) -> Path:
-    """The folder of compiled extensions for this host, Python, torch, DeepSpeed and kind of device."""
+    """The folder of compiled extensions for this host, Python, torch, DeepSpeed and kind of device.
+
+    Two installations have one each: the paths of their headers differ, and each would build the other's anew.
+    """
     build = (
-        f"py{sys.version_info.major}.{sys.version_info.minor}-torch{version('torch')}"
+        f"py{sys.version_info.major}.{sys.version_info.minor}-{xxhash.xxh3_64_hexdigest(sys.prefix.encode())[:8]}-torch{version('torch')}"
         f"-deepspeed{version('deepspeed')}-{'cuda' if has_cuda else 'cpu'}"
     )
     host = re.sub(r"[^A-Za-z0-9._-]", "_", platform.node()) or "unnamed"

@@ -70,10 +70,17 @@ class RunFacts:
         return next((event for event in reversed(self.events) if event["event"] in kinds), None)
 
     @property
+    def given_up(self) -> Event | None:
+        """The job script's last word where it was that the run makes no progress, and nothing has started since."""
+        last = self.last("job ended", "job started", "start", "continue")
+        return last if last is not None and last.get("decision") == "no progress" else None
+
+    @property
     def last_sign(self) -> float | None:
         """When anything of the newest start was last written."""
         times = [beat.time for beat in self.beats] + ([self.claim["time"]] if self.claim else [])
-        times += [event["time"] for event in self.events if event["generation"] == self.generation]
+        mine = [event for event in self.events if event["generation"] == self.generation]
+        times += [event["time"] for event in mine if not event["event"].startswith("job ")]  # by the job script
         times += [record["time"] for record in self.records[-1:] if "time" in record]
         return max(times, default=None)
 

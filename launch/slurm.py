@@ -4,6 +4,7 @@ Values get into a script in two ways: escaped for Slurm's own reader in the `#SB
 anything, and quoted for the shell below them. `--extra-line` is the only text that goes in as it is.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -25,6 +26,8 @@ SHORTEST_LEAD_SECONDS = 180
 LONGEST_LEAD_SECONDS = 65535
 """The largest that sbatch's --signal takes."""
 SAVES_IN_LEAD = 3
+LITTLE_SECONDS = 300
+"""Loading Python, the model and a checkpoint may take minutes on a busy file system."""
 PROBE_BYTES = 64 * 2**20
 SLURM_TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(\d+)(?::(\d+)(?::(\d+))?)?)")
 MEMORY = re.compile(r"\d+[KMGTkmgt]?")
@@ -123,14 +126,21 @@ class Lead:
             f"{SAVES_IN_LEAD * self.save_seconds:,.1f} s)"
         )
 
-    def check(self, limit_seconds: int | None) -> None:
-        """Raises ValueError where the signal would come before the job begins."""
+    def check(self, limit_seconds: int | None) -> list[str]:
+        """Warnings about a limit that leaves little. Raises ValueError when the signal would come before the job."""
         if self.seconds > LONGEST_LEAD_SECONDS or (limit_seconds is not None and self.seconds >= limit_seconds):
             limit = "without a time limit" if limit_seconds is None else f"but the time limit is {limit_seconds} s"
             raise ValueError(
                 f"the {self.describe()}, {limit} and sbatch's --signal takes at most {LONGEST_LEAD_SECONDS} s: ask for "
                 "more --time, or state a faster --write-bandwidth if the measured one is not the nodes'"
             )
+        left = None if limit_seconds is None else limit_seconds - self.seconds
+        if left is None or left >= LITTLE_SECONDS:
+            return []
+        return [
+            f"each start has {left} s until that signal, which Slurm may send up to 60 s early: a run that trains "
+            "nothing in two starts is stopped; ask for more --time"
+        ]
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,11 @@ def parse_bandwidth(text: str) -> float:
 
 
 def measure_bandwidth(folder: Path) -> float:
-    """Bytes per second of a short write with fsync into a folder, as one writer of this host sees it."""
+    """Bytes per second of a short write with fsync into a folder, as one writer of this host sees it.
+
+    Raises:
+        ValueError: the folder does not take it.
+    """
     block = os.urandom(4 * 2**20)  # not zeros, which a file system may store as a hole
     file = folder / f".write-bandwidth-{os.getpid()}"
     try:
@@ -211,8 +225,13 @@ def measure_bandwidth(folder: Path) -> float:
             out.flush()
             os.fsync(out.fileno())
         return PROBE_BYTES / max(time.monotonic() - begin, 1e-6)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} takes no {PROBE_BYTES:,} bytes ({error.strerror}): runs need a place with room"
+        ) from error
     finally:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def render(

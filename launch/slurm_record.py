@@ -26,16 +26,23 @@ class JobRecord:
     started: dict[str, str]
     ended: dict[str, str]
     source: str
-    """Where the state is from: a command or a file."""
+    """The file below the run directory that the state is from; empty where Slurm itself has answered."""
 
     @property
     def state(self) -> str | None:
         """PENDING, RUNNING, TIMEOUT, PREEMPTED, NODE_FAIL, OUT_OF_MEMORY, CANCELLED, COMPLETED, FAILED, …"""
-        return (self.now or self.ended).get("JobState")
+        if self.now:
+            return self.now.get("JobState")
+        kept = self.ended.get("JobState")  # written by the job itself, which mostly still ran then
+        return None if kept in ("RUNNING", "COMPLETING") else kept
 
     @property
     def is_waiting(self) -> bool:
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state is not None and not self.is_waiting and self.state not in ("RUNNING", "COMPLETING")
 
     @property
     def limit_time(self) -> float | None:
@@ -48,8 +55,9 @@ class JobRecord:
     def describe(self) -> str:
         """One line."""
         reason = self.now.get("Reason", "None")
-        fields = self.now or self.ended
-        parts = [f"{self.state}"] + [f"reason {reason}"] * (reason not in ("None", ""))
+        fields = self.now or self.ended or self.started
+        parts = [self.state or "Slurm does not know it any more, or is not here"]
+        parts += [f"reason {reason}"] if reason not in ("None", "") else []
         if self.is_waiting and fields.get("StartTime", "Unknown") != "Unknown":
             parts.append(f"expected to start {fields['StartTime']}")
         shown = {"Restarts": "restarts", "NodeList": "on", "RunTime": "run time", "TimeLimit": "time limit"}
@@ -78,7 +86,7 @@ def _record(run: Path, job: str) -> JobRecord:
         text = _ask(command)
         now = parse_job(text) if command[0] == "scontrol" else _parse_accounting(text)
         if "JobState" in now:
-            return JobRecord(job, now, started[1], ended[1], f"{command[0]} now")
+            return JobRecord(job, now, started[1], ended[1], "")
     return JobRecord(job, {}, started[1], ended[1], ended[0] or started[0])
 
 

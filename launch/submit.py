@@ -84,7 +84,7 @@ def submit(
     found = slurm.partitions()
     chosen = slurm.chosen_partitions(found, request.partition)
     default = slurm.default_limit_seconds(chosen)
-    lead.check(default if request.time is None else slurm.time_limit_seconds(request.time))
+    little = lead.check(default if request.time is None else slurm.time_limit_seconds(request.time))
     folder = next_job_folder(submission.home)
     tasks = _tasks(submission, folder)
     scripts = _render(submission, request, folder, tasks, lead, requeue=chain == 1)
@@ -97,7 +97,7 @@ def submit(
         "scripts": scripts,
         "signal": {"lead_seconds": lead.seconds, "save_bytes": save_bytes, "bytes_per_second": lead.bytes_per_second},
         "notes": [*notes, lead.describe()],
-        "warnings": slurm.grace_warnings(found, chosen, lead),
+        "warnings": [*little, *slurm.grace_warnings(found, chosen, lead)],
         "job_ids": [],
         "export_job_id": None,
         "logs": [],
@@ -267,7 +267,10 @@ def _freeze(submission: Submission, folder: Path, tasks: list[Task], scripts: di
     """
     made = list(dict.fromkeys([folder, *(task.recipe.parent for task in tasks)]))
     for place in made:
-        place.mkdir(parents=True)  # not exist_ok: another submission at this moment may have taken the number
+        try:
+            place.mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(f"another submission took {place} at this moment: look at squeue, and try again") from None
     for index, (recipe, task) in enumerate(zip(submission.recipes, tasks, strict=True)):
         deepspeed = task.recipe.with_name("deepspeed.json")
         shutil.copyfile(recipe.deepspeed, deepspeed)

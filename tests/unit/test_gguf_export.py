@@ -36,7 +36,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_folder(folder: Path, tokenizer: Path, model_type: str = "llama", dtype: str = "bfloat16", **fields) -> Path:
+def save_folder(
+    folder: Path, tokenizer: Path, model_type: str = "llama", dtype: str = "bfloat16", name: str = "tiny", **fields: Any
+) -> Path:
     """A model of 300 rows with a tokenizer of 280 tokens, as `trainyard export` writes it, and its GGUF file."""
     model = make_model(model_type, vocab_size=VOCABULARY, **fields).to(getattr(torch, dtype))
     for parameter in model.parameters():  # norms and biases begin as ones and zeros, which hide mistakes
@@ -45,7 +47,7 @@ def save_folder(folder: Path, tokenizer: Path, model_type: str = "llama", dtype:
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     loaded.save_pretrained(folder)
     GenerationConfig(eos_token_id=[0, 3], pad_token_id=1).save_pretrained(folder)
-    write_gguf(folder, "tiny")
+    write_gguf(folder, name)
     return folder
 
 
@@ -60,7 +62,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_read_back_it_is_the_folders_model(tmp_path: Path, tokenizer_folder: Path, name: str) -> None:
     model_type, fields = MODELS[name]
-    folder = save_folder(tmp_path, tokenizer_folder, model_type, **fields)
+    folder = save_folder(tmp_path, tokenizer_folder, model_type, name=model_type, **fields)
     assert failures(folder) == []
 
 
@@ -92,7 +94,7 @@ def test_several_weight_files_make_one(tmp_path: Path, tokenizer_folder: Path) -
 
 def test_what_llama_cpp_reads_of_the_tokenizer(tmp_path: Path, tokenizer_folder: Path) -> None:
     fields = fields_of(save_folder(tmp_path, tokenizer_folder))
-    assert fields["general.architecture"] == "llama" and fields["general.name"] == "tiny"
+    assert fields["general.architecture"] == "llama" and fields["general.name"] == "tiny (llama)"
     assert fields["llama.attention.head_count"] == 4 and fields["llama.attention.head_count_kv"] == 2
     tokens = fields["tokenizer.ggml.tokens"]
     assert len(tokens) == VOCABULARY
@@ -207,7 +209,7 @@ def test_export_writes_it_and_reads_it_back(tmp_path: Path, tokenizer_folder: Pa
     assert "gives the folder's logits at 64 tokens" in result["gate"]["gguf_logits"]
     assert "tokens of a text and a chat" in result["gate"]["gguf_tokenizer"]
     assert "model.gguf" in json.loads((tmp_path / "out" / "checksums.json").read_text())["files"]
-    assert fields_of(tmp_path / "out")["general.name"] == "out"
+    assert fields_of(tmp_path / "out")["general.name"] == "out (llama)"
 
 
 @pytest.mark.usefixtures("in_process_gate")

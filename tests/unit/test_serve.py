@@ -1,6 +1,7 @@
 """`trainyard serve`: transformers' server around one model; who may ask what, and what it refuses."""
 
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from gpt import serve as module
 from gpt.generate import generate, load
 from gpt.serve import serve
 from gpt.served_app import build_app
+from launch.cli import main
 
 TOKEN = "a-token"
 END = 259  # <|im_end|>
@@ -138,6 +140,43 @@ def test_a_folder_without_a_template_continues_texts_only(tmp_path: Path) -> Non
         with pytest.raises(openai.BadRequestError, match="chat_template"):
             client.chat.completions.create(model="tiny", messages=question("Who?"))
         assert client.completions.create(model="tiny", prompt="So", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_what_it_prints_is_what_it_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A free port, the folder's name, and a token that is another one each time; none with --no-auth."""
+    ran: list[tuple[int, bytes | None]] = []
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        ran.append((sockets[0].getsockname()[1], server.config.app._expected))
+        raise KeyboardInterrupt  # as a Ctrl-C ends it
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    for options in ([], [], ["--no-auth"]):
+        monkeypatch.setattr(sys, "argv", ["trainyard", "serve", str(folder), "--port", "0", *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+        port, expected = ran[-1]
+        assert printed["url"] == f"http://127.0.0.1:{port}/v1" and printed["model"] == "tiny"
+        if options:
+            assert expected is None and printed["token"].startswith("none")
+        else:
+            assert expected == f"Bearer {printed['token']}".encode() and len(printed["token"]) > 40
+    assert ran[0][1] != ran[1][1]
+
+
+def test_the_command_refuses_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainyard", "serve", str(tmp_path / "missing"), "--port", "0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("trainyard: error: ") and "is not a Hugging Face model folder" in error
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:

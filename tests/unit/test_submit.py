@@ -240,6 +240,11 @@ def test_the_bandwidth_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_refused(recipe: Path) -> None:
+    message = refusal(recipe, "runs_directory=/proc/runs", write_bandwidth=None, dry_run=True)
+    assert message.startswith("/proc takes no 67,108,864 bytes (")
+
+
 def test_the_lead_is_three_saves_or_180_seconds() -> None:
     assert Lead(1000, 1e9, "as stated").seconds == 180
     large = Lead(84 * 10**9, 1e9, "as stated")
@@ -248,7 +253,9 @@ def test_the_lead_is_three_saves_or_180_seconds() -> None:
         "warning signal 252 s before the time limit = max(180 s, 3 x 84,000,000,000 bytes of a checkpoint / 1,000 MB/s "
         "as stated = 252.0 s)"
     )
-    large.check(253)
+    assert large.check(252 + 300) == large.check(None) == []
+    [warning] = large.check(253)
+    assert warning.startswith("each start has 1 s until that signal")
     with pytest.raises(ValueError, match="but the time limit is 252 s"):
         large.check(252)
     with pytest.raises(ValueError, match="without a time limit and sbatch's --signal takes at most 65535 s"):
