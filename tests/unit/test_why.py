@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -326,6 +327,22 @@ def test_a_rank_of_another_host_is_judged_by_the_age_of_its_heartbeat(
     last_beats(70)
     state, cause, headline, _ = explained(recipe)
     assert (state, cause) == ("dead", "died without a word") and "no sign of life from far" in headline
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "cause"),
+    [("psutil.boot_time", time.time() + 1e6, "host restarted"), ("shutil.disk_usage", (9, 9, 4096), "disk")],
+)
+def test_what_is_around_a_run_that_died_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, value: Any, cause: str
+) -> None:
+    owner = trained(tmp_path, 3)
+    [file] = (owner.path / "generations").glob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"process_space": "of the boot before"}))
+    assert explained_state(tmp_path) == ("dead", "died without a word")
+    answer = SimpleNamespace(free=value[2]) if isinstance(value, tuple) else value
+    monkeypatch.setattr(change, lambda *arguments: answer)
+    assert explained_state(tmp_path) == ("dead", cause)
 
 
 def test_a_start_that_is_refused_before_any_rank_is_there(recipe: Recipe) -> None:
