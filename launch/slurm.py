@@ -26,6 +26,8 @@ SHORTEST_LEAD_SECONDS = 180
 LONGEST_LEAD_SECONDS = 65535
 """The largest that sbatch's --signal takes."""
 SAVES_IN_LEAD = 3
+LITTLE_SECONDS = 300
+"""Loading Python, the model and a checkpoint may take minutes on a busy file system."""
 PROBE_BYTES = 64 * 2**20
 SLURM_TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(\d+)(?::(\d+)(?::(\d+))?)?)")
 MEMORY = re.compile(r"\d+[KMGTkmgt]?")
@@ -124,14 +126,21 @@ class Lead:
             f"{SAVES_IN_LEAD * self.save_seconds:,.1f} s)"
         )
 
-    def check(self, limit_seconds: int | None) -> None:
-        """Raises ValueError where the signal would come before the job begins."""
+    def check(self, limit_seconds: int | None) -> list[str]:
+        """Warnings about a limit that leaves little. Raises ValueError when the signal would come before the job."""
         if self.seconds > LONGEST_LEAD_SECONDS or (limit_seconds is not None and self.seconds >= limit_seconds):
             limit = "without a time limit" if limit_seconds is None else f"but the time limit is {limit_seconds} s"
             raise ValueError(
                 f"the {self.describe()}, {limit} and sbatch's --signal takes at most {LONGEST_LEAD_SECONDS} s: ask for "
                 "more --time, or state a faster --write-bandwidth if the measured one is not the nodes'"
             )
+        left = None if limit_seconds is None else limit_seconds - self.seconds
+        if left is None or left >= LITTLE_SECONDS:
+            return []
+        return [
+            f"each start has {left} s until that signal, which Slurm may send up to 60 s early: a run that trains "
+            "nothing in two starts is stopped; ask for more --time"
+        ]
 
 
 @dataclass(frozen=True)

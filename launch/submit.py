@@ -84,7 +84,7 @@ def submit(
     found = slurm.partitions()
     chosen = slurm.chosen_partitions(found, request.partition)
     default = slurm.default_limit_seconds(chosen)
-    lead.check(default if request.time is None else slurm.time_limit_seconds(request.time))
+    little = lead.check(default if request.time is None else slurm.time_limit_seconds(request.time))
     folder = next_job_folder(submission.home)
     tasks = _tasks(submission, folder)
     scripts = _render(submission, request, folder, tasks, lead, requeue=chain == 1)
@@ -97,7 +97,7 @@ def submit(
         "scripts": scripts,
         "signal": {"lead_seconds": lead.seconds, "save_bytes": save_bytes, "bytes_per_second": lead.bytes_per_second},
         "notes": [*notes, lead.describe()],
-        "warnings": slurm.grace_warnings(found, chosen, lead),
+        "warnings": [*little, *slurm.grace_warnings(found, chosen, lead)],
         "job_ids": [],
         "export_job_id": None,
         "logs": [],

@@ -129,7 +129,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held(recipe: Path, **options: Any) -> dict[str, Any]:
-    request = Request(2, 1, time="10", extra_lines=["#SBATCH --hold"])
+    request = Request(2, 1, time="30", extra_lines=["#SBATCH --hold"])
     return submit.submit(str(recipe), [], request, write_bandwidth="1GB/s", **options)
 
 

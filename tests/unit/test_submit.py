@@ -132,8 +132,10 @@ def nasty_script(tmp_path: Path) -> tuple[str, Task]:
     return script, task
 
 
-def test_no_value_does_any_harm_in_the_shell(tmp_path: Path) -> None:
+def test_no_value_does_any_harm_in_the_shell(recipe: Path, tmp_path: Path) -> None:
     script, task = nasty_script(tmp_path)
+    task.recipe.parent.mkdir(parents=True)
+    shutil.copyfile(recipe, task.recipe)
     programs = tmp_path / "programs"
     programs.mkdir()
     stand_in = '#!/bin/bash\nprintf "%s" "${0##*/}"; printf "|%s" "$@"; echo\n'
@@ -143,7 +145,7 @@ def test_no_value_does_any_harm_in_the_shell(tmp_path: Path) -> None:
     job = {
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n1",
-        "SLURM_NNODES": "1",
+        "SLURM_NNODES": "2",
         "PATH": f"{programs}:{os.environ['PATH']}",
     }
     start = f"module() {{ printf 'module|%s|%s\\n' \"$@\"; }}\n{script}"
@@ -151,7 +153,7 @@ def test_no_value_does_any_harm_in_the_shell(tmp_path: Path) -> None:
         ["bash", "-c", start], cwd=tmp_path, env=os.environ | job, capture_output=True, text=True, timeout=60
     )
     assert f"module|load|{NASTY}\n" in done.stdout
-    assert f"|train|{task.recipe}|--processes|2\n" in done.stdout, done.stderr
+    assert f"|train|{task.recipe}|--processes|2|--nodes|2|--rendezvous|" in done.stdout, done.stderr
     assert list(tmp_path.rglob("PWNED")) == []
 
 
@@ -251,7 +253,9 @@ def test_the_lead_is_three_saves_or_180_seconds() -> None:
         "warning signal 252 s before the time limit = max(180 s, 3 x 84,000,000,000 bytes of a checkpoint / 1,000 MB/s "
         "as stated = 252.0 s)"
     )
-    large.check(253)
+    assert large.check(252 + 300) == large.check(None) == []
+    [warning] = large.check(253)
+    assert warning.startswith("each start has 1 s until that signal")
     with pytest.raises(ValueError, match="but the time limit is 252 s"):
         large.check(252)
     with pytest.raises(ValueError, match="without a time limit and sbatch's --signal takes at most 65535 s"):
