@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds llama.cpp and its Python package from the source package llama-cpp-python (77 MB, two minutes on two cores, once)
-# in build/llama_cpp and prints that folder: TRAINYARD_LLAMA_CPP="$(bash tests/llama_cpp.sh)" bash tests/run.sh -k llama
+# in build/llama_cpp and prints that folder: TRAINYARD_LLAMA_CPP="$(bash tests/llama_cpp.sh)" bash tests/run.sh -k llama_cpp
 # Only the library is built, not the common code and programs, which take several times as long. Needs pip, cmake, a C++
 # compiler and make.
 set -euo pipefail
