@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gpt.heartbeat import read_beats
 from gpt.run_directory import SupersededError, claimed_from, host_label, newest_generation
-from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS
+from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS, ends_at_once
 from launch import environment
 from launch.hosts import HostSigns, Route, find_route
 from launch.log_folder import log_directory, record_outcome
@@ -293,7 +293,7 @@ def _stop_signals() -> Iterator[_Stop]:
                 file=sys.stderr,
                 flush=True,
             )
-        elif time.monotonic() - first > SAME_REQUEST_SECONDS:
+        elif time.monotonic() - first > SAME_REQUEST_SECONDS and ends_at_once(number):
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_IGN)  # a third one must not interrupt the end and leave workers behind
             raise SignalException(f"received {received[-1].name}", signal.SIGTERM)
