@@ -13,6 +13,7 @@ import psutil
 from gpt.heartbeat import Sign, find_behind, heartbeat_file
 from launch.run_facts import Event, RunFacts, read_facts
 from launch.status import State, clock, duration, is_alive, judge
+from launch.submitted import is_sweep, read_sweep
 
 TRACEBACK_LINES = 4
 SPARE_BYTES = 16 * 2**20
@@ -49,6 +50,9 @@ def explain(run: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: `run` is no run directory.
     """
+    if is_sweep(run):
+        names = ", ".join(str(place) for place, _ in read_sweep(run))
+        raise ValueError(f"{run} is a sweep's folder: ask for one of its runs, {names}")
     facts = read_facts(run)
     state = judge(facts)
     judges: dict[str, Callable[[RunFacts, State], Explanation]] = {

@@ -597,3 +597,5 @@ def test_a_sweep_is_a_table_with_the_best_run_first(tmp_path: Path, capsys: pyte
     ]
     app(["status", str(tmp_path / "lr.sweep"), "--json"], standalone_mode=False)
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["fast", "slow", "later"]
+    with pytest.raises(ValueError, match=r"lr\.sweep is a sweep's folder: ask for one of its runs, .*/slow, "):
+        why.explain(tmp_path / "lr.sweep")
