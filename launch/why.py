@@ -297,10 +297,10 @@ def _heartbeats(facts: RunFacts) -> list[dict[str, str]]:
 
 
 def _history(facts: RunFacts) -> list[dict[str, str]]:
-    """Restarts, what the job script decided, and a start whose place the newest one has taken."""
+    """Restarts, what the job script decided, and a start that found the run to be another one's."""
     found = [event for event in facts.events if event["event"] in ("restart", "job ended")]
-    superseded = [outcome for outcome in facts.outcomes if outcome.get("failure") == "superseded"]
-    return [_said(event) for event in [*found[-3:], *superseded[-1:]]]
+    others = [outcome for outcome in facts.outcomes if outcome.get("failure") == "another start"]
+    return [_said(event) for event in [*found[-3:], *others[-1:]]]
 
 
 def _job(facts: RunFacts) -> list[dict[str, str]]:
