@@ -228,7 +228,7 @@ def _rank(beat: Beat, facts: RunFacts) -> dict[str, Any]:
 def _remarks(facts: RunFacts, state: State) -> list[str]:
     """Ranks that are slow, silent or behind, clocks that differ, a start that was refused while the run lives."""
     remarks = []
-    if state.name in RUNNING_STATES:
+    if any(is_alive(beat, facts) for beat in facts.beats):
         for rank in (_rank(beat, facts) for beat in facts.beats):
             name = f"rank {rank['rank']} on {rank['host']}"
             if rank["silent_seconds"] > facts.claim.get("stale_seconds", 60.0) / 2 or not rank["alive"]:
@@ -306,9 +306,8 @@ def describe_sweep(rows: list[dict[str, Any]]) -> list[str]:
 def _describe_trend(trend: dict[str, Any] | None) -> str:
     if trend is None:
         return ""
-    return (
-        f"; {trend['word']}: mean {trend['mean']:.4f} of the last {trend['steps']} steps, before {trend['before']:.4f}"
-    )
+    mean, before, steps = (trend[key] for key in ("mean", "before", "steps"))
+    return f"; {trend['word']}: mean {mean:.4f} of the last {steps} steps, {before:.4f} of those before"
 
 
 def _span(seconds: list[float]) -> str:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -208,6 +209,9 @@ def test_a_start_whose_place_a_later_one_took(recipe: Recipe, ranks: Any) -> Non
     assert not RunDirectory(recipe.run_directory()).events("failed")
     state, _, _, evidence = explained(recipe)
     assert state == "starting" and "taken over by start 2" in evidence and "outcome.json" in evidence
+    claim = recipe.run_directory() / "generations" / "000002.json"
+    claim.write_text(json.dumps(json.loads(claim.read_text()) | {"process_space": "elsewhere"}))
+    assert explained(recipe)[0] == "dead", "how the loser ended says nothing of the run"
 
 
 def asked_to_stop(process: int, run: Path, *waits: float) -> threading.Thread:
@@ -328,6 +332,22 @@ def test_a_rank_of_another_host_is_judged_by_the_age_of_its_heartbeat(
     assert (state, cause) == ("dead", "died without a word") and "no sign of life from far" in headline
 
 
+@pytest.mark.parametrize(
+    ("change", "value", "cause"),
+    [("psutil.boot_time", time.time() + 1e6, "host restarted"), ("shutil.disk_usage", (9, 9, 4096), "disk")],
+)
+def test_what_is_around_a_run_that_died_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, value: Any, cause: str
+) -> None:
+    owner = trained(tmp_path, 3)
+    [file] = (owner.path / "generations").glob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"process_space": "of the boot before"}))
+    assert explained_state(tmp_path) == ("dead", "died without a word")
+    answer = SimpleNamespace(free=value[2]) if isinstance(value, tuple) else value
+    monkeypatch.setattr(change, lambda *arguments: answer)
+    assert explained_state(tmp_path) == ("dead", cause)
+
+
 def test_a_start_that_is_refused_before_any_rank_is_there(recipe: Recipe) -> None:
     run = recipe.run_directory()
     with pytest.raises(FileNotFoundError), refusals_recorded(run):
@@ -394,7 +414,7 @@ def explained_state(run: Path) -> tuple[str, str]:
     [
         ([5.0 - i / 100 for i in range(40)], "falling"),
         ([5.0 + i / 100 for i in range(40)], "rising"),
-        ([5.0 + (-1) ** i for i in range(40)], "flat"),
+        ([5.0 + (-1) ** i - i / 1000 for i in range(40)], "flat"),
     ],
 )
 def test_the_trend_of_the_loss(losses: list[float], word: str) -> None:
@@ -497,6 +517,15 @@ def test_slurm_says_how_it_ended_a_job(tmp_path: Path, slurm: Any, state: str, c
     assert "run time 00:01:16, time limit 00:01:00" in json.dumps(found["evidence"])
 
 
+def test_the_signal_that_a_launcher_saw_was_slurms(tmp_path: Path, slurm: Any) -> None:
+    slurm("TIMEOUT")
+    owner = job_of(tmp_path, {"job": "28"})
+    reason = "ended by SIGTERM without saving"
+    owner.write_event("failed", failure="second signal", signal="SIGTERM", exit_code=143, reason=reason)
+    assert explained_state(tmp_path) == ("failed", "time limit")
+    assert "its time limit (TIMEOUT)" in (headline := why.explain(tmp_path)["headline"]) and reason in headline
+
+
 @pytest.mark.parametrize(("seconds_left", "cause"), [(20, "time limit"), (2000, "died without a word")])
 def test_the_time_limit_by_the_record_that_the_job_kept_where_slurm_has_forgotten_it(
     tmp_path: Path, slurm: Any, seconds_left: int, cause: str
@@ -506,6 +535,9 @@ def test_the_time_limit_by_the_record_that_the_job_kept_where_slurm_has_forgotte
     text = SCONTROL.format(state="RUNNING", reason="None", start="Unknown", end=end)
     (tmp_path / "logs" / "job_28_0_start.txt").write_text(text)
     assert explained_state(tmp_path) == ("dead", cause)
+    (tmp_path / "logs" / "job_28_0_end.txt").write_text(text)  # by the job itself, which still ran
+    said = "\n".join(status.describe(status.report(tmp_path)))
+    assert "job 28: Slurm does not know it any more, or is not here" in said and "RUNNING" not in said
 
 
 def test_a_job_that_waits(tmp_path: Path, slurm: Any) -> None:
@@ -516,6 +548,16 @@ def test_a_job_that_waits(tmp_path: Path, slurm: Any) -> None:
     said = "\n".join(status.describe(status.report(tmp_path)))
     assert "PENDING, reason BeginTime, expected to start 2026-11-26T23:16:01" in said
     assert "before, stopped on request after step 3" in said
+
+
+def test_a_requeued_job_that_runs_again(tmp_path: Path, slurm: Any) -> None:
+    slurm("RUNNING")
+    owner = job_of(tmp_path, {"job": "28"})
+    owner.write_event("stopped", reason="stopped on request after step 3", exit_code=85, step=3)
+    owner.write_event("job ended", job="28", decision="go on", reason="asked to stop")
+    assert explained_state(tmp_path) == ("stopped", "stopped")
+    owner.write_event("job started", job="28", restart=1)
+    assert explained_state(tmp_path) == ("starting", "starting")
 
 
 def test_a_job_that_gives_up(tmp_path: Path, slurm: Any) -> None:
