@@ -144,6 +144,20 @@ def test_answers_end_by_themselves(built: Shop) -> None:
     assert all(item["ended"] for item in answers)
 
 
+def test_a_run_and_its_export_have_the_same_scores_on_a_task(built: Shop) -> None:
+    """What it learnt by heart: every answer exactly, and the right option before the others."""
+    others = list(QUESTIONS.values())
+    lines = [{"q": q, "options": others, "answer": a} for q, a in QUESTIONS.items()]
+    (built.folder / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for kind in ("multiple_choice\noptions: options", "exact_match"):
+        task = built.folder / "asked.yaml"
+        task.write_text(f"data: asked.jsonl\nprompt: '{{q}}'\nanswer: answer\nkind: {kind}\n", encoding="utf-8")
+        of_run = built.answer("evaluate", "runs/chat", "--task", "asked.yaml")
+        assert of_run == built.answer("evaluate", "exports/chat", "--task", "asked.yaml")
+        assert of_run["as_chat"] is True
+        assert next(iter(of_run["scores"].values()))["value"] == 1
+
+
 def test_tensorboard_has_every_step_and_the_sample(built: Shop) -> None:
     board = EventAccumulator(str(built.folder / "runs/base/tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     board.Reload()
