@@ -398,3 +398,8 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 def supports_fp16() -> bool:
     """Whether the device computes in fp16 as far as DeepSpeed knows."""
     return bool(deepspeed.accelerator.get_accelerator().is_fp16_supported())
+
+
+if __name__ == "__main__":  # see launch.prebuild
+    start()
+    stop()

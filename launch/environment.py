@@ -133,12 +133,10 @@ def extensions_directory(has_cuda: bool) -> Path:
 
     Two installations have one each: the paths of their headers differ, and each would build the other's anew.
     """
-    build = (
-        f"py{sys.version_info.major}.{sys.version_info.minor}-{xxhash.xxh3_64_hexdigest(sys.prefix.encode())[:8]}-torch{version('torch')}"
-        f"-deepspeed{version('deepspeed')}-{'cuda' if has_cuda else 'cpu'}"
-    )
+    python = f"py{sys.version_info.major}.{sys.version_info.minor}-{xxhash.xxh3_64_hexdigest(sys.prefix.encode())[:8]}"
+    libraries = f"torch{version('torch')}-deepspeed{version('deepspeed')}-{'cuda' if has_cuda else 'cpu'}"
     host = re.sub(r"[^A-Za-z0-9._-]", "_", platform.node()) or "unnamed"
-    return cache_directory() / "extensions" / host / build
+    return cache_directory() / "extensions" / host / f"{python}-{libraries}"
 
 
 @contextlib.contextmanager
