@@ -11,32 +11,67 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt.checkpoint.files import hash_file
+from gpt.checkpoint.files import TensorToWrite, hash_file
 from gpt.checkpoint.format import FileEntry, Precision, fsync_directory
 from gpt.checkpoint.read import TORCH_DTYPES, empty_model
-from gpt.export_check import end_tokens, expected_of, run_gate
-from gpt.export_source import ExportSource, source_of_run
-from gpt.export_weights import Progress, plan_tensors, write_weights
-from gpt.model_card import UNKNOWN_LICENCE, model_card
+from gpt.deepspeed_checkpoint import source_of_deepspeed
+from gpt.export_check import (
+    GateMemory,
+    available_memory_bytes,
+    end_tokens,
+    expected_of,
+    gate_memory,
+    gib,
+    run_gate,
+)
+from gpt.export_source import CHUNK_ELEMENTS, ExportSource, source_of_run
+from gpt.export_weights import Progress, parse_size, plan_tensors, write_weights
+from gpt.gguf_export import add_gguf, check_convertible
+from gpt.model_card import UNKNOWN_LICENCE, check_licence, model_card
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_SIZE = "5GB"
 OTHER_FILES_BYTES = 64 * 1024 * 1024
 """Room for the tokenizer and the small files, when free space is checked."""
+Say = Callable[[str], None]
 CHECKSUMS_NAME = "checksums.json"
 
 
-def export_run(source: Path, out: Path, *, step: int | None = None, **options: Any) -> dict[str, Any]:
-    """Export the newest checkpoint of the run directory `source`, or the one of `step`: see `export_model`.
+def export_run(
+    source: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    describe_data: Callable[[Path], str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Export the newest checkpoint of the run directory `source`, or the one of `step`: see `source_of_run` and
+    `export_model`.
 
     Raises:
         ValueError: no such checkpoint or damaged files, and as `export_model`.
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
-    return export_model(source_of_run(Path(source), step), out, **options)
+    return export_model(source_of_run(Path(source), step, describe_data), out, **options)
+
+
+def export_deepspeed(
+    source: Path,
+    out: Path,
+    *,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    trust_pickle: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Export what DeepSpeed's own `save_checkpoint` wrote: see `source_of_deepspeed` and `export_model`.
+
+    Raises as they do.
+    """
+    found = source_of_deepspeed(source, config=config, tokenizer=tokenizer, trust_pickle=trust_pickle)
+    return export_model(found, out, **options)
 
 
 def export_model(
@@ -46,14 +81,16 @@ def export_model(
     dtype: str | None = None,
     ungated: bool = False,
     licence: str = UNKNOWN_LICENCE,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    say: Callable[[str], None] = print,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    gguf: bool = False,
+    say: Say = print,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source` as the Hugging Face folder `out`.
 
     `dtype` is bf16, fp16 or fp32, by default the training dtype. A source without a probe of the live engine is
-    exported only where `ungated` allows it. `progress(done_bytes, total_bytes)` is called while weights are written.
+    exported only where `ungated` allows it. With `gguf` the folder also holds the model as one file for llama.cpp,
+    which is read back and compared, too. `progress(done_bytes, total_bytes)` is called while weights are written.
     The folder is written under a temporary name, checked by `export_gate.py` in a fresh process and renamed; one that
     fails the gate is renamed `<out>.failed`. Returns what was written and, for each check of the gate, its sentence;
     the folder's `export_report.json` has the numbers.
@@ -62,31 +99,28 @@ def export_model(
     memory, or where the gate found the folder unequal to the live engine.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; give another folder, or remove this one.")
-    if source.probe is None and not ungated:
-        raise ValueError(
-            f"{source.weights.directory} has no probe of the live engine, so an export could not be checked; "
-            f"--ungated exports it all the same, marked as unchecked."
-        )
+    _check_allowed(source, out, ungated)
+    check_licence(licence)
+    shard_bytes = parse_size(max_shard_size)
     precision = _precision(dtype, source.weights.precision)
     with torch.device("meta"):
         model = empty_model(source.weights.config, source.weights.shapes, TORCH_DTYPES[precision])
     _check_vocabulary(source.tokenizer, model)
+    if gguf:
+        check_convertible(model.config, source.tokenizer)
     tensors = plan_tensors(source.weights, model, TORCH_DTYPES[precision])
-    total = sum(tensor.size_bytes for tensor in tensors)
-    _check_room(out, total, sum(parameter.numel() for parameter in model.parameters()), source.weights.precision)
     expected = expected_of(source, precision)
+    expected["memory_bytes"] = _check_room(out, model, tensors, gate_memory(model, expected), gguf, say)
     folder = out.parent / f".tmp-{out.name}"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
     folder.mkdir(parents=True)
     try:
-        files = write_weights(folder, tensors, max_shard_bytes, progress)
+        files = write_weights(folder, tensors, shard_bytes, progress)
         _write_configuration(folder, model, source.tokenizer, precision)
-        card = source.card | {"Stored in": precision}
-        text = model_card(source.name, card, source.recipe, licence=licence, gated=source.probe is not None)
-        (folder / "README.md").write_text(text, encoding="utf-8")
         report = run_gate(folder, expected)
+        if gguf:
+            add_gguf(folder, out.name, report)
+        (folder / "README.md").write_text(model_card(source, precision, licence, report), encoding="utf-8")
         _write_json(folder / "export_report.json", source.facts | report)
         _finish(folder, files)
         if not report["passed"]:
@@ -101,12 +135,23 @@ def export_model(
         "folder": str(out),
         "dtype": precision,
         "tensors": len(tensors),
-        "bytes": total,
+        "bytes": sum(tensor.size_bytes for tensor in tensors),
         "weight_files": sorted(files),
         "end_tokens": expected["tokenizer"]["end_tokens"],
         "gated": report["gated"],
+        "weights_held": report["weights_held"],
         "gate": {check["check"]: check["sentence"] for check in report["checks"]},
     }
+
+
+def _check_allowed(source: ExportSource, out: Path, ungated: bool) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; give another folder, or remove this one.")
+    if source.probe is None and not ungated:
+        raise ValueError(
+            f"{source.weights.directory} has no probe of the live engine, so an export could not be checked; "
+            f"--ungated exports it all the same, marked as unchecked."
+        )
 
 
 def _precision(dtype: str | None, training: Precision) -> Precision:
@@ -123,21 +168,36 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
         raise ValueError(f"The tokenizer {tokenizer.name_or_path} has {tokens} tokens, but the model only {rows}.")
 
 
-def _check_room(out: Path, total_bytes: int, elements: int, training: Precision) -> None:
+def _check_room(
+    out: Path, model: PreTrainedModel, tensors: list[TensorToWrite], memory: GateMemory, gguf: bool, say: Say
+) -> int | None:
+    """Print what the export needs of disk and memory, then compare it with what there is.
+
+    Returns what the gate may hold of the weights, None for all. Raises ValueError where there is too little.
+    """
+    names = {tensor.name for tensor in tensors}
+    joined = [p.numel() for name, p in model.named_parameters() if name not in names]
+    writing = max([4 * CHUNK_ELEMENTS, *(2 * elements for elements in joined)]) * 4
     place = next(parent for parent in out.absolute().parents if parent.exists())
-    free, needed = shutil.disk_usage(place).free, total_bytes + OTHER_FILES_BYTES
+    weights = sum(tensor.size_bytes for tensor in tensors)
+    free, needed = shutil.disk_usage(place).free, weights * (2 if gguf else 1) + OTHER_FILES_BYTES
+    available = available_memory_bytes()
+    by_layer = available < memory.rest + memory.weights
+    if by_layer:
+        needed += 4 * sum(joined)  # a layout that accelerate cannot read from the folder's files is written beside it
+    way = "the model layer by layer, the rest on disk" if by_layer else "the whole model in memory"
+    say(f"disk: {gib(needed)} needed, {gib(free)} free in {place}")
+    say(
+        f"memory: {gib(writing)} needed to write, {gib(memory.least if by_layer else memory.rest + memory.weights)} "
+        f"to check with {way}, {gib(available)} available"
+    )
     if free < needed:
-        raise ValueError(f"The export needs {_gib(needed)} of disk, but {place} has {_gib(free)} free.")
-    memory, model = psutil.virtual_memory().available, elements * TORCH_DTYPES[training].itemsize
-    if memory < model and not torch.cuda.is_available():
+        raise ValueError(f"The export needs {gib(needed)} of disk, but {place} has {gib(free)} free.")
+    if by_layer and gguf:
         raise ValueError(
-            f"The export's check loads the model, which takes {_gib(model)} of memory; {_gib(memory)} are available. "
-            "Run it on a larger machine."
+            f"The check of the GGUF file loads the whole model, but {gib(available)} are too little; leave --gguf out."
         )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
+    return memory.limit(available)
 
 
 def _write_configuration(

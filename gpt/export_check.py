@@ -1,19 +1,28 @@
 """Starting the gate of an export: what it holds the folder against, in a fresh process, within the memory there is."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import psutil
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt.checkpoint.format import Precision
+from gpt.checkpoint.read import TORCH_DTYPES
 from gpt.export_source import ExportSource
 
+LIBRARIES_BYTES = 512 * 2**20
+"""Of a process with torch and transformers; 0.26 GiB were measured on a CPU."""
+LOGIT_BYTES = 20
+"""Of each logit: in the training dtype and in fp32, its logarithm of the softmax, and those of another model."""
+CGROUPS = Path("/sys/fs/cgroup")
 SAMPLE_TEXT = "The year 2026: “naïve” café, 東京 and 🙂 — x_1 = 3.14;\n\tEnd."
 SAMPLE_CHAT = [{"role": "user", "content": "Who goes there?"}, {"role": "assistant", "content": "A friend."}]
 
@@ -31,8 +40,10 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def expected_of(source: ExportSource, precision: Precision) -> dict[str, Any]:
-    """What the gate holds the folder against: the live engine's probe, and samples of the run's own tokenizer."""
+    """What the gate holds the folder against: the live engine's probe, samples of the run's own tokenizer, and, where
+    more than the training dtype is exported, the checkpoint's fp32 masters."""
     tokenizer = source.tokenizer
+    wider = precision == "fp32" and source.weights.precision != "fp32"
     chat = None
     if tokenizer.chat_template is not None:
         chat = {"messages": SAMPLE_CHAT, "ids": tokenizer.apply_chat_template(SAMPLE_CHAT, return_dict=False)}
@@ -40,6 +51,8 @@ def expected_of(source: ExportSource, precision: Precision) -> dict[str, Any]:
         "training_dtype": source.weights.precision,
         "exported_dtype": precision,
         "probe": source.probe.model_dump() if source.probe is not None else None,
+        "masters": str(source.masters) if source.masters is not None and wider else None,
+        "memory_bytes": None,
         "tokenizer": {
             "text": SAMPLE_TEXT,
             "ids": tokenizer(SAMPLE_TEXT)["input_ids"],
@@ -47,6 +60,75 @@ def expected_of(source: ExportSource, precision: Precision) -> dict[str, Any]:
             "end_tokens": end_tokens(tokenizer),
         },
     }
+
+
+@dataclass(frozen=True)
+class GateMemory:
+    """What the gate needs of memory, in bytes: `weights` of the whole model in the widest dtype that it computes in,
+    its `largest` part that has to be there at once, and the `rest`: libraries and logits."""
+
+    weights: int
+    largest: int
+    rest: int
+
+    def limit(self, available: int) -> int | None:
+        """What may be held of the weights where `available` bytes are free; None: all of them.
+
+        Raises ValueError where even a single layer is too much.
+        """
+        if available >= self.rest + self.weights:
+            return None
+        if available < self.least:
+            raise ValueError(
+                f"The export's check needs {gib(self.least)} of memory even where it reads the model layer by layer, "
+                f"but {gib(available)} are available. Run it on a larger machine."
+            )
+        return available - self.rest
+
+    @property
+    def least(self) -> int:
+        return self.rest + 2 * self.largest  # it is read, and put into its dtype
+
+
+def gate_memory(model: PreTrainedModel, expected: Mapping[str, Any]) -> GateMemory:
+    """What the gate needs for `model` (on the meta device)."""
+    size = TORCH_DTYPES[expected["training_dtype"] if expected["masters"] is None else "fp32"].itemsize
+    whole_layers = set(model._no_split_modules or ())
+    layers = [m for m in model.modules() if type(m).__name__ in whole_layers]
+    parts = [sum(p.numel() for p in layer.parameters()) for layer in layers] + [p.numel() for p in model.parameters()]
+    probe = expected["probe"]
+    tokens = len(probe["input_ids"] if probe is not None else expected["tokenizer"]["ids"])
+    logits = tokens * model.config.get_text_config().vocab_size * LOGIT_BYTES
+    return GateMemory(
+        weights=sum(p.numel() for p in model.parameters()) * size,
+        largest=max(parts) * size,
+        rest=LIBRARIES_BYTES + logits,
+    )
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process can still get: what the host has free, and what its control groups leave (a Slurm job's
+    or a container's limit, of which the page cache that can be given back does not count as used)."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        [place] = [line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
+    except (OSError, ValueError):
+        return available
+    group = CGROUPS / place.strip().lstrip("/")
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # no limit: no such file, or the word "max"
+            used = int((folder / "memory.current").read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = int((folder / "memory.max").read_text()) - used + int(statistics["inactive_file"])
+            available = min(available, max(0, free))
+        if folder == CGROUPS:
+            break
+    return available
+
+
+def gib(size_bytes: int) -> str:
+    """For messages."""
+    return f"{size_bytes / 2**30:.2f} GiB"
 
 
 def run_gate(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:

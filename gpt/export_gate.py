@@ -1,19 +1,30 @@
 """The gate of an export: a fresh process without Trainyard loads the folder and is held against the live engine.
 
-Run as `python -I export_gate.py FOLDER EXPECTED.json`; prints one JSON report; exit code 0 passed, 1 failed. EXPECTED
-holds `training_dtype`, `exported_dtype`, the checkpoint's `probe` (null: there is none, and the folder is not gated),
-and a `tokenizer` sample of the training run.
-The model is computed in the training dtype, since there the folder must give the live engine's own logits.
+Run as `python -I export_gate.py FOLDER EXPECTED.json`; prints one JSON report; exit code 0 passed, 1 failed. EXPECTED:
+
+- `training_dtype`, `exported_dtype`; the model is computed in the training dtype, since there the folder must give the
+  live engine's own logits;
+- `probe`: the checkpoint's record of them; null: there is none, and the folder is not gated;
+- `masters`: the folder of a `checkpoint/1` whose fp32 masters were exported, null in other cases: the export is
+  also computed in fp32 and held against a forward of these masters, read from there by other code than export's;
+- `tokenizer`: a sample of the training run's;
+- `memory_bytes`: what the weights may take in memory; null: all of them. The rest stays on disk, layer by layer.
 """
 
 import json
 import math
 import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate import cpu_offload, init_empty_weights
+from accelerate.utils import get_max_memory, set_module_tensor_to_device
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PROJECT_PACKAGES = {"gpt", "launch", "data_pipeline"}
@@ -38,28 +49,57 @@ def logit_tolerance(largest: float, training_dtype: str, exported_dtype: str, la
 
 def check_folder(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Run every check; `passed` says whether all did, `checks` what was compared, how far apart and how far allowed."""
-    probe = expected["probe"]
-    training, exported = expected["training_dtype"], expected["exported_dtype"]
-    cuda = torch.cuda.is_available()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES[training],
-        device_map="auto" if cuda else None,
-        output_loading_info=True,
-    )
-    model, loading = loaded[0].eval(), loaded[1]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    checks = [_check_keys(loading), *_check_tokenizer(tokenizer, model, expected["tokenizer"])]
-    if probe is not None:
-        checks += _check_probe(model, probe, training, exported)
+    probe, training, exported = expected["probe"], expected["training_dtype"], expected["exported_dtype"]
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-gate-") as place:
+        model, loading = _load(folder, training, expected["memory_bytes"], Path(place))
+        held = _placement(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        checks = [_check_keys(loading), *_check_tokenizer(tokenizer, model, expected["tokenizer"])]
+        if probe is not None:
+            checks += _check_probe(model, probe, training, exported)
+        else:
+            checks.append(_check_runs(model, expected["tokenizer"]["ids"]))
+        del model
+    if expected["masters"] is not None:
+        ids = probe["input_ids"] if probe is not None else expected["tokenizer"]["ids"]
+        positions = probe["position_ids"] if probe is not None else list(range(len(ids)))
+        checks.append(_check_masters(folder, Path(expected["masters"]), ids, positions, expected["memory_bytes"]))
     return {
         "gated": probe is not None,
         "passed": all(check["passed"] for check in checks),
         "computed_in": training,
         "exported_in": exported,
-        "device": "cuda" if cuda else "cpu",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "weights_held": held,
         "checks": checks,
     }
+
+
+def _load(
+    folder: Path, dtype: str, memory_bytes: int | None, offload_folder: Path
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The folder's model, and what transformers says of its tensors. With `memory_bytes` accelerate leaves the layers
+    for which they do not suffice on disk, and reads each when its turn comes."""
+    options: dict[str, Any] = {}
+    if memory_bytes is not None:
+        options = {"max_memory": get_max_memory() | {"cpu": memory_bytes}, "offload_folder": offload_folder}
+    if torch.cuda.is_available() or memory_bytes is not None:
+        options["device_map"] = "auto"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
+    return loaded[0].eval(), loaded[1]
+
+
+def _placement(model: PreTrainedModel) -> str:
+    """Where the weights are while the model runs."""
+    places = Counter(str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values())
+    if "disk" not in places:
+        return f"whole in memory ({', '.join(sorted(places))})"
+    held = ", ".join(f"{count} on {place}" for place, count in sorted(places.items()) if place != "disk")
+    return f"read from disk layer by layer by accelerate's device_map ({held or 'none held in memory'})"
+
+
+def _is_offloaded(model: PreTrainedModel) -> bool:
+    return model.device.type == "meta" or "disk" in getattr(model, "hf_device_map", {}).values()
 
 
 @torch.no_grad()
@@ -68,7 +108,7 @@ def _check_probe(model: PreTrainedModel, probe: dict[str, Any], training: str, e
     largest = max(abs(value) for row in probe["top_logits"] for value in row)
     tolerance = logit_tolerance(largest, training, exported, model.config.get_text_config().num_hidden_layers)
     # a GPU's kernels, and so their rounding, depend on the number of rows; on a CPU one gives the same bits
-    rows = probe["rows"] if model.device.type == "cuda" else 1
+    rows = probe["rows"] if torch.cuda.is_available() else 1
     logits = _forward(model, probe["input_ids"], probe["position_ids"], rows=rows)
     return [
         _check_logits(logits, probe, tolerance),
@@ -80,7 +120,7 @@ def _check_probe(model: PreTrainedModel, probe: dict[str, Any], training: str, e
 def _forward(model: PreTrainedModel, input_ids: list[int], position_ids: list[int], rows: int = 1) -> torch.Tensor:
     """Logits [tokens, vocabulary] in fp32 of the first of `rows` equal rows. No mask and no cache: then transformers
     keeps packed documents apart by their positions, as training does."""
-    device = model.device
+    device = torch.device("cpu") if _is_offloaded(model) else model.device  # the hooks move them
     output = model(
         input_ids=torch.tensor([input_ids] * rows, device=device),
         position_ids=torch.tensor([position_ids] * rows, device=device),
@@ -133,29 +173,135 @@ def _check_loss(logits: torch.Tensor, probe: dict[str, Any], tolerance: float) -
 
 def _check_greedy(model: Any, greedy: dict[str, list[int]] | None, tolerance: float) -> Check:
     """`generate` must give the live engine's text, up to a tie: where two tokens' logits are closer than the tolerance,
-    either is right. Then the live engine's tokens must all be best, within the tolerance, given those before them."""
+    either is right. Then the live engine's tokens must all be best, within the tolerance, given those before them.
+
+    Of a model that is read from disk only the latter is asked: `generate` would read it for each token.
+    """
     if greedy is None:
         return _check("greedy", True, "not compared: the live engine recorded no text with this checkpoint")
     prompt, recorded, ends = greedy["prompt_ids"], greedy["new_ids"], _end_tokens(model)
     ended = next((i + 1 for i, token in enumerate(recorded) if token in ends), len(recorded))
     recorded = recorded[:ended]  # `generate` stops there; the live engine may have gone on
-    ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(recorded), do_sample=False
-    )
-    generated = output[0, len(prompt) :].tolist()
-    if generated == recorded:
-        return _check("greedy", True, f"generate gives the live engine's {len(recorded)} tokens")
-    row = [*prompt, *recorded]
-    logits = _forward(model, row, list(range(len(row))))[len(prompt) - 1 : -1]
-    behind = float((logits.amax(1) - logits.gather(1, torch.tensor(recorded)[:, None])[:, 0]).max())
-    same = next((i for i, (a, b) in enumerate(zip(generated, recorded, strict=False)) if a != b), len(generated))
+    found = "in one forward"
+    if not _is_offloaded(model):
+        ids = torch.tensor([prompt], device=model.device)
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(recorded), do_sample=False
+        )
+        generated = output[0, len(prompt) :].tolist()
+        if generated == recorded:
+            return _check("greedy", True, f"generate gives the live engine's {len(recorded)} tokens")
+        same = next((i for i, (a, b) in enumerate(zip(generated, recorded, strict=False)) if a != b), len(generated))
+        found = (
+            f"after {same} equal tokens generate gives {generated[same : same + 5]} and the live engine "
+            f"{recorded[same : same + 5]}"
+        )
+    behind = _behind_best(model, prompt, recorded, tolerance)
     sentence = (
-        f"after {same} equal tokens generate gives {generated[same : same + 5]} and the live engine "
-        f"{recorded[same : same + 5]}; the live engine's tokens are at most {behind:.3g} below the best "
+        f"{found}; the live engine's {len(recorded)} tokens are at most {behind:.3g} below the best "
         f"(a tie up to {tolerance:.3g})"
     )
     return _check("greedy", behind <= tolerance, sentence, difference=behind, tolerance=tolerance)
+
+
+def _behind_best(model: PreTrainedModel, prompt: list[int], recorded: list[int], tolerance: float) -> float:
+    """How far the logit of a `recorded` token lies below the best one, given those before it, at most.
+
+    All are asked in one forward. In a row of another length than the live engine had for a token a router of experts
+    may decide a tie otherwise: one that is further than `tolerance` is asked again with exactly its row.
+    """
+    row = [*prompt, *recorded]
+
+    def behind(length: int, first: int) -> torch.Tensor:
+        logits = _forward(model, row[:length], list(range(length)))[first - 1 :]
+        chosen = torch.tensor(row[first : length + 1])
+        return logits[: len(chosen)].amax(1) - logits[: len(chosen)].gather(1, chosen[:, None])[:, 0]
+
+    margins = behind(len(row), len(prompt))
+    for index in (margins > tolerance).nonzero()[:, 0].tolist():
+        length = len(prompt) + index
+        margins[index] = behind(length, length)[0]
+        if margins[index] > tolerance:
+            break
+    return float(margins.max())
+
+
+def _check_runs(model: PreTrainedModel, ids: list[int]) -> Check:
+    """Without a probe: that the model runs at all."""
+    with torch.no_grad():
+        finite = bool(torch.isfinite(_forward(model, ids, list(range(len(ids))))).all())
+    sentence = f"the model's logits of {len(ids)} tokens are {'finite' if finite else 'not all finite'}"
+    return _check("runs", finite, sentence)
+
+
+class _Masters(Mapping[str, torch.Tensor]):
+    """The weights of a `checkpoint/1` in fp32 by parameter name, each put together when it is asked for.
+
+    Read by the safetensors library from what the manifest says of fragments: no code of export is behind them.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        self._indices = {entry["name"]: index for index, entry in enumerate(self.manifest["parameters"])}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        index = self._indices[self.manifest["tied"].get(name, name)]
+        entry = self.manifest["parameters"][index]
+        key = f"{'frozen' if entry['group'] is None else 'fp32'}/{entry['name']}"
+        whole = torch.full((math.prod(entry["shape"]),), math.nan)
+        for file, ranges in self.manifest["fragments"].items():
+            start, count = ranges[index]
+            if count:
+                whole[start : start + count] = self._read(file, key)
+        return whole.view(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """A persistent buffer, which rank 0 wrote."""
+        return self._read(min(self.manifest["files"]), "buffer/" + name)
+
+    def _read(self, file: str, key: str) -> torch.Tensor:
+        with safe_open(self._directory / file, framework="pt") as tensors:
+            return tensors.get_tensor(key)
+
+
+@torch.no_grad()
+def _check_masters(
+    folder: Path, directory: Path, ids: list[int], positions: list[int], memory_bytes: int | None
+) -> Check:
+    """The folder in fp32 must give the logits of the model as it was trained, filled with the checkpoint's masters.
+
+    Both are the same sums of the same numbers on the same machine: as a rule they are equal in every bit. Allowed is
+    1e-5 of the largest, since where a weight begins in memory may decide in which order it is summed; weights that
+    went through bf16 are off by 1e-3 of it and more.
+    """
+    masters = _Masters(directory)
+    fields = dict(masters.manifest["model_config"])
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=torch.float32
+        ).eval()
+    for name in masters.manifest["buffers"]:
+        set_module_tensor_to_device(model, name, "cpu", masters.buffer(name))
+    # a layer's weights are read when its turn comes
+    cpu_offload(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), state_dict=masters)
+    right = _forward(model, ids, positions)
+    del model
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-gate-") as place:
+        exported, _ = _load(folder, "fp32", memory_bytes, Path(place))
+        difference = float((_forward(exported, ids, positions) - right).abs().max())
+    tolerance = 1e-5 * float(right.abs().max())
+    sentence = (
+        f"all logits of {len(ids)} tokens in fp32 differ by at most {difference:.3g} from those of the fp32 master "
+        f"weights (allowed {tolerance:.3g})"
+    )
+    return _check("masters", difference <= tolerance, sentence, difference=difference, tolerance=tolerance)
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:

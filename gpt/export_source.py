@@ -1,6 +1,6 @@
 """What an export reads from: trained weights by name, and what else the folder tells of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gpt.checkpoint.format import Manifest, Precision, Probe
 from gpt.checkpoint.read import NORM_TOLERANCE, CheckpointReader, newest_manifest, open_checkpoint
-from gpt.model_card import card_of_run
+from gpt.run_directory import json_lines
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -45,8 +45,9 @@ class WeightSource(Protocol):
 class ExportSource:
     """Weights and everything else that becomes a model folder.
 
-    Without a `probe` of the live engine the folder's logits cannot be checked. `facts` goes into `export_report.json`,
-    `card` (name and value) into the model card's table, `recipe` below it.
+    Without a `probe` of the live engine the folder's logits cannot be checked. `masters` is the folder of a
+    `checkpoint/1` whose fp32 weights the gate reads by itself, None for other sources. `facts` goes into
+    `export_report.json`, `card` (name and value) into the model card's table, `recipe` below it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ExportSource:
     facts: dict[str, Any]
     card: dict[str, str]
     recipe: dict[str, Any] | None
+    masters: Path | None = None
 
 
 class CheckpointWeights:
@@ -88,9 +90,12 @@ class CheckpointWeights:
         return self._reader.read_buffer(name)
 
 
-def source_of_run(run: Path, step: int | None = None) -> ExportSource:
+def source_of_run(
+    run: Path, step: int | None = None, describe_data: Callable[[Path], str] | None = None
+) -> ExportSource:
     """The checkpoint of `step` of a run directory, the newest by default.
 
+    `describe_data` says in a line what a folder of token shards holds, for the model card.
     Raises as `open_checkpoint` and `run_tokenizer` do.
     """
     reader = open_checkpoint(run, step)
@@ -103,8 +108,9 @@ def source_of_run(run: Path, step: int | None = None) -> ExportSource:
         tokenizer=run_tokenizer(run, manifest),
         probe=manifest.probe,
         facts={"step": manifest.step, "data_kind": manifest.data_kind, "sequence_length": length},
-        card=card_of_run(run, manifest),
+        card=card_of_run(run, manifest, describe_data),
         recipe=manifest.recipe,
+        masters=reader.directory,
     )
 
 
@@ -133,3 +139,47 @@ def trained_on_chat(manifest: Manifest) -> bool:
         base = newest_manifest(Path(pretrained))
         return base is not None and trained_on_chat(base)
     return True
+
+
+def card_of_run(run: Path, manifest: Manifest, describe_data: Callable[[Path], str] | None) -> dict[str, str]:
+    """The table's rows for a checkpoint of the run directory `run`.
+
+    `describe_data` says in a line what a folder of token shards holds.
+    """
+    recipe, config = manifest.recipe, manifest.model_config_dict
+    elements = sum(parameter.elements for parameter in manifest.parameters)
+    frozen = sum(parameter.elements for parameter in manifest.parameters if parameter.group is None)
+    sets = [
+        f"{path.parent.name}/{path.name}, weight {item.get('weight', 1.0):g}"
+        + (f": {describe_data(path)}" if describe_data is not None else "")
+        for item in (recipe.get("data") or {}).get("train") or []
+        for path in [Path(item["path"])]
+    ]
+    metrics = _last_evaluation(run / "metrics.jsonl", manifest.step)
+    base = (recipe.get("model") or {}).get("pretrained")
+    return {
+        "Architecture": f"{config.get('model_type')}, {elements:,} parameters"
+        + (f", {frozen:,} of them frozen" if frozen else ""),
+        "Started from": base or "random weights",
+        "Training data": f"{manifest.data_kind}, fingerprint of data and mixture {manifest.data_fingerprint}",
+        **{f"Data set {number}": line for number, line in enumerate(sets, start=1)},
+        "Trained on": f"{manifest.tokens:,} tokens in {manifest.step:,} steps, {manifest.world_size} ranks at the end",
+        "Precision": manifest.precision,
+        **{f"Validation {name.removeprefix('evaluate/')}": f"{value:.4f}" for name, value in metrics.items()},
+        "Trained with": versions_line(manifest.versions),
+    }
+
+
+def versions_line(versions: dict[str, str | None]) -> str:
+    """Names and versions, without those that are not known."""
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)
+
+
+def _last_evaluation(path: Path, step: int) -> dict[str, float]:
+    """The last evaluation metrics that the run recorded up to `step`; empty when there are none."""
+    found: dict[str, float] = {}
+    for record in json_lines(path):
+        values = {k: v for k, v in record.items() if k.startswith("evaluate/") and isinstance(v, float)}
+        if values and record["step"] <= step:
+            found = values
+    return found

@@ -86,7 +86,7 @@ class MetricsWriter:
         self._check_ownership()
         with self._writing:
             self._step = step
-            self._pending += (json.dumps({"step": step, **clean}) + "\n").encode()
+            self._pending += (json.dumps({"step": step, "time": time.time(), **clean}) + "\n").encode()
             try:
                 self._add_scalars(step, clean)  # first, as lines wait where the disk takes none
                 self._write_pending()
@@ -142,6 +142,7 @@ class MetricsWriter:
                 self._board = self._open_board(self._synced_step + 1)
                 for record in json_lines(self._run.path / "metrics.jsonl"):
                     if record["step"] > self._synced_step:
+                        del record["time"]
                         self._add_scalars(record.pop("step"), record)
             try:
                 self._board.flush()

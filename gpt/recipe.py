@@ -314,7 +314,8 @@ class Recipe(Section):
     model: Model
     """What is trained."""
     tokenizer: str
-    """The tokenizer's folder, as `trainyard prepare` writes it. It must be the one of the data."""
+    """The tokenizer's folder, as `trainyard prepare` writes it, or `hf://OWNER/NAME` on the hub. It must be the one of
+    the data."""
     data: Data
     """What the model sees."""
     train: Train

@@ -15,6 +15,7 @@ from gpt.recipe import Recipe, Section
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 """The checkout: shipped recipes and DeepSpeed files are found here from any working directory."""
 
+HUB_PREFIX = "hf://"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -81,11 +82,13 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         return str(Path(path).expanduser().absolute())
 
     def local_or_hub(path: str) -> str:
+        path = path.removeprefix(HUB_PREFIX)
         return path if HUB_ID.fullmatch(path) and not Path(path).exists() else local(path)
 
     content = recipe.model_dump()
     content["runs_directory"] = local(recipe.runs_directory)
-    content["tokenizer"] = local(recipe.tokenizer)
+    if not recipe.tokenizer.startswith(HUB_PREFIX):
+        content["tokenizer"] = local(recipe.tokenizer)
     if recipe.model.pretrained is not None:
         content["model"]["pretrained"] = local_or_hub(recipe.model.pretrained)
     for source in content["data"]["train"]:

@@ -34,6 +34,21 @@ ANNOUNCED_FIELDS = (
     "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.minimum_learning_rate_ratio",
 )  # fmt: skip
 
+RECORDED_VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", "PYTHONUNBUFFERED", "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "DS_ACCELERATOR",
+    "TORCH_EXTENSIONS_DIR", "TRAINYARD_CACHE", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS",
+    "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_DISABLE", "NCCL_IB_GID_INDEX", "NCCL_NET",
+    "NCCL_NET_PLUGIN", "NCCL_NET_GDR_LEVEL", "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_SHM_DISABLE", "NCCL_ALGO",
+    "NCCL_PROTO", "NCCL_DEBUG", "NCCL_CROSS_NIC", "NCCL_NVLS_ENABLE", "NCCL_TOPO_FILE",
+    "SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_QOS",
+    "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT",
+    "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_GPUS_ON_NODE", "SLURM_MEM_PER_NODE",
+)  # fmt: skip
+"""What environment.json may show. By name: a prefix such as SLURM_ lets SLURM_JWT through, which is a key."""
+CHOSEN_VARIABLES = "TRAINYARD_CHOSEN_VARIABLES"
+"""Tells the workers which of them Trainyard has set; what it has not is the user's own, or the scheduler's."""
+
 
 class SupersededError(RuntimeError):
     """A newer start has taken the run directory over; this one must stop without writing."""
@@ -138,7 +153,7 @@ class RunDirectory:
         mine = {
             "generation": newest + 1,
             "host": host_label(),
-            "process_space": _process_space(),
+            "process_space": process_space(),
             "pid": os.getpid(),
             "pid_started": psutil.Process().create_time(),
             "launcher": os.getppid(),
@@ -213,7 +228,7 @@ class RunDirectory:
             beat = json.loads(heartbeat_file(self.path, generation, 0).read_text(encoding="utf-8"))
         if beat.get("ended"):
             return False
-        if claim.get("process_space") == _process_space() and not _is_running(claim["pid"], claim["pid_started"]):
+        if claim.get("process_space") == process_space() and not _is_running(claim["pid"], claim["pid_started"]):
             return False
         age, stale_seconds = time.time() - beat["time"], claim["stale_seconds"]
         if age > stale_seconds:
@@ -236,7 +251,7 @@ def claimed_from(run: Path, launcher: int) -> RunDirectory | None:
     """The newest start's hold if that launcher of this host began it, for the launcher to record how it ended."""
     generation = newest_generation(run)
     claim = json.loads(claim_file(run, generation).read_text(encoding="utf-8")) if generation else {}
-    mine = (claim.get("process_space"), claim.get("launcher")) == (_process_space(), launcher)
+    mine = (claim.get("process_space"), claim.get("launcher")) == (process_space(), launcher)
     return RunDirectory(run, generation) if mine else None
 
 
@@ -245,7 +260,7 @@ def host_label() -> str:
     return re.sub(r"[^\w.@:-]", "_", os.environ.get("TRAINYARD_HOST") or socket.gethostname())
 
 
-def _process_space() -> str:
+def process_space() -> str:
     """Where a process number means the same process: the host's name, its present boot and its pid namespace.
 
     The name alone is not enough: containers and freshly installed hosts share names. Without /proc it has to do.
@@ -296,18 +311,10 @@ def _git_commit() -> str | None:
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
-    """What environment.json holds: enough to say later what a run was made with."""
-    prefixes = (
-        "OMP_",
-        "MALLOC_",
-        "DS_",
-        "TORCH_EXTENSIONS",
-        "NCCL_",
-        "GLOO_",
-        "CUDA_VISIBLE",
-        "SLURM_",
-        "TRAINYARD_CACHE",
-    )
+    """What environment.json holds: enough to say later what a run was made with. Of the environment variables only
+    those of RECORDED_VARIABLES, which hold no secrets."""
+    chosen = os.environ.get(CHOSEN_VARIABLES, "").split()
+    known = {name: os.environ[name] for name in RECORDED_VARIABLES if name in os.environ}
     return {
         "versions": package_versions(),
         "host": socket.gethostname(),
@@ -315,5 +322,8 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "world_size": world_size,
         "job": os.environ.get("SLURM_JOB_ID"),
-        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)},
+        "variables": {
+            "chosen_by_trainyard": {name: value for name, value in known.items() if name in chosen},
+            "set_outside": {name: value for name, value in known.items() if name not in chosen},
+        },
     }

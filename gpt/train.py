@@ -416,6 +416,7 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
         shutil.copytree(recipe.tokenizer, partial)
         partial.rename(owner.path / "tokenizer")
     what = {"host": environment["host"], "world_size": world_size, "pid": os.getpid()}
+    what |= {"total_steps": plan.schedule.total_steps}
     if first:
         owner.write_event("start", **what)
     else:

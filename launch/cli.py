@@ -235,14 +235,19 @@ def train(
         resolved = fork_recipe(resolved, fork)
     # after the recipe is known to be good: these take seconds
     from gpt.train import check
+    from launch.hub import fetch
     from launch.local import default_processes, run_workers
+    from launch.log_folder import refusals_recorded
+
+    resolved = fetch(resolved)
 
     if processes is None:
         processes, reason = default_processes()
         print(f"processes: {processes} ({reason})", flush=True)
-    if nodes == 1:  # else the ranks do, so that the other hosts do not wait for one that was refused here
-        check(resolved, processes)
-    code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+    with refusals_recorded(resolved.run_directory()):
+        if nodes == 1:  # else the ranks do, so that the other hosts do not wait for one that was refused here
+            check(resolved, processes)
+        code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     raise typer.Exit(code)
 
 
@@ -285,6 +290,132 @@ def _stop_before_start(number: int, frame: Any) -> None:
 
 
 @app.command()
+def submit(
+    recipe: Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")],
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.")],
+    processes_per_node: Annotated[int, typer.Option(help="Worker processes of each node: one a GPU where it has any.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node.")] = None,
+    cpus_per_process: Annotated[
+        int | None, typer.Option(help="Cores for each process; default: 1, and all of the node with --exclusive.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition, as sbatch takes it; so are the next ones.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit: MINUTES, HH:MM:SS, DAYS-HH, …")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of each node: 500G, …")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Features of the nodes.")] = None,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Whole nodes.")] = False,
+    reservation: Annotated[str | None, typer.Option(help="Reservation.")] = None,
+    container: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Apptainer image (.sif or a folder), else an image for Pyxis.")
+    ] = None,
+    module: Annotated[list[str] | None, typer.Option(help="Environment module to load; may be repeated.")] = None,
+    extra_line: Annotated[
+        list[str] | None,
+        typer.Option(help="A line for the script as it is, #SBATCH … or a command before the start; may be repeated."),
+    ] = None,
+    chain: Annotated[
+        int, typer.Option(help="So many jobs one after another, for clusters that forbid requeueing.")
+    ] = 1,
+    then: Annotated[
+        str | None, typer.Option(metavar="export", help="Also submit the export of the finished run.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B,…", help="A run for each value, as an array; may be repeated.")
+    ] = None,
+    write_bandwidth: Annotated[
+        str | None, typer.Option(metavar="500MB/s", help="Bandwidth of writing a checkpoint; default: measured here.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print the job script instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe here, freeze it, and submit a Slurm job that saves and requeues itself until the run is finished.
+
+    Example: `trainyard submit launch/recipes/llama_7b_64gpu.yaml --nodes 8 --processes-per-node 8 --gpus-per-node 8`
+    """
+    if then not in (None, "export"):
+        raise typer.BadParameter(f"--then is {then!r}; the one thing that may follow is export")
+    from launch.slurm import Request
+    from launch.submit import submit as run_submit
+    from launch.submit import what_to_watch
+
+    request = Request(
+        nodes=nodes,
+        processes_per_node=processes_per_node,
+        gpus_per_node=gpus_per_node,
+        cpus_per_process=cpus_per_process,
+        partition=partition,
+        account=account,
+        qos=qos,
+        time=time,
+        memory=memory,
+        constraint=constraint,
+        exclusive=exclusive,
+        reservation=reservation,
+        container=container,
+        modules=module or [],
+        extra_lines=extra_line or [],
+    )
+    with _answer(as_json) as answer:
+        result = run_submit(
+            recipe,
+            overrides or [],
+            request,
+            chain=chain,
+            then_export=then is not None,
+            sweep=sweep or [],
+            write_bandwidth=write_bandwidth,
+            dry_run=dry_run,
+        )
+        answer(result)
+        print("\n".join([*result["notes"], *(f"warning: {text}" for text in result["warnings"])]), file=sys.stderr)
+        if not as_json:
+            print("\n".join(result["scripts"].values() if dry_run else what_to_watch(result)))
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory, or a sweep's folder.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until the run ends or Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a run is doing, from its directory alone: state, step, loss, speed, ETA, checkpoint, restarts, queue, ranks.
+
+    Example: `trainyard status runs/quickstart-pretrain --watch`
+    """
+    from launch import status as shown
+
+    if watch and as_json:
+        raise typer.BadParameter("give --watch or --json, not both")
+    if watch:
+        from rich.live import Live
+        from rich.text import Text
+
+        with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+            for lines in shown.watch(run):
+                live.update(Text("\n".join(lines)), refresh=True)
+        return
+    answer, lines, _ = shown.read(run)
+    print(json.dumps(answer, ensure_ascii=False, indent=2) if as_json else "\n".join(lines))
+
+
+@app.command()
+def why(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Why a run died, or that it did not: one sentence, the evidence with its files, and what to do next.
+
+    Example: `trainyard why runs/quickstart-pretrain`
+    """
+    from launch import why as explained
+
+    found = explained.explain(run)
+    print(json.dumps(found, ensure_ascii=False, indent=2) if as_json else "\n".join(explained.describe(found)))
+
+
+@app.command()
 def evaluate(
     source: Annotated[Path, typer.Argument(help="Run directory or model folder.")],
     data: Annotated[Path, typer.Option(help="Folder of token shards, or a text file.")],
@@ -318,24 +449,54 @@ def evaluate(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Run directory.")],
+    source: Annotated[Path, typer.Argument(help="Run directory, or a folder of DeepSpeed's own save_checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of the model to write; must not exist or be empty.")],
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of a run's checkpoint; default: the newest.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
     ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also write the model as one file for llama.cpp.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(metavar="DIR|FILE", help="Configuration of the model in a DeepSpeed checkpoint.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Its tokenizer.")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Load DeepSpeed files with more than tensors: they may run any code.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB, 500MB or 2GiB.")] = "5GB",
+    licence: Annotated[
+        str, typer.Option("--license", help="The hub's identifier of the weights' licence, for the model card.")
+    ] = "unknown",
     as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
 
-    Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat`
-    """
-    from gpt.export import export_run
+    A DeepSpeed checkpoint (ZeRO 1, 2 or 3) is a folder with `latest`, or one of its tag folders; it needs --ungated,
+    since it has no record of the engine's logits. Without --config or --tokenizer, config.json and the tokenizer are
+    looked for in the tag folder, in the folder of the tags, and in the one above it: the first that is found is taken.
 
+    Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat` or
+    `trainyard export old/checkpoints --config old/model --tokenizer old/model --ungated --out exports/old`
+    """
+    from data_pipeline.provenance import describe_origin
+    from gpt.deepspeed_checkpoint import is_deepspeed_checkpoint
+    from gpt.export import export_deepspeed, export_run
+
+    foreign = is_deepspeed_checkpoint(source)
+    if foreign and step is not None:
+        raise typer.BadParameter("--step is for runs; name the tag folder of a DeepSpeed checkpoint instead")
+    if not foreign and (config or tokenizer or trust_pickle):
+        raise typer.BadParameter("--config, --tokenizer and --trust-pickle are for DeepSpeed checkpoints")
     with _answer(as_json) as answer:
         with _progress("export") as progress:
-            report = export_run(source, out, step=step, dtype=dtype, ungated=ungated, progress=progress)
+            given: dict[str, Any] = {"dtype": dtype, "ungated": ungated, "progress": progress}
+            given |= {"max_shard_size": max_shard_size, "licence": licence, "gguf": gguf}
+            if foreign:
+                given |= {"config": config, "tokenizer": tokenizer, "trust_pickle": trust_pickle}
+                report = export_deepspeed(source, out, **given)
+            else:
+                report = export_run(source, out, step=step, describe_data=describe_origin, **given)
         answer(report)
         if not as_json:
             _print_values(report)
@@ -394,6 +555,26 @@ def chat(
     from gpt.generate import chat as run_chat
 
     run_chat(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from this host only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer everyone, without the printed token.")] = False,
+) -> None:
+    """Serve a model with an OpenAI-compatible interface; Ctrl-C ends.
+
+    Prints its address, the model's name and a token, made anew each time, which requests must carry as their API key.
+
+    Example: `trainyard serve exports/quickstart-chat --port 8000`
+    """
+    from gpt.serve import serve as run_serve
+
+    run_serve(model, host=host, port=port, authenticate=not no_auth)
 
 
 def _print_values(values: dict[str, Any]) -> None:

@@ -7,15 +7,21 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import xxhash
+
+from gpt.run_directory import CHOSEN_VARIABLES
 
 MIB = 2**20
+LEFTOVER_SECONDS = 24 * 3600.0
 
 # glibc returns the large temporary tensors of each step to the kernel and faults their pages in again at the next.
 # A 7 M parameter Llama, bf16, 8 x 512 tokens, one thread: 2,369 tokens/s and 870,000 page faults without these
@@ -35,13 +41,29 @@ def worker_environment(processes: int) -> dict[str, str]:
     Args:
         processes: worker processes on this host, at least 1.
     """
+    settings = {name: value for name, value in _wanted(processes).items() if name not in os.environ}
+    chosen = [*os.environ.get(CHOSEN_VARIABLES, "").split(), *settings]  # network_environment's are set already
+    return settings | {CHOSEN_VARIABLES: " ".join(chosen)}
+
+
+def own_settings(processes: int) -> list[str]:
+    """The variables that the user has set otherwise than Trainyard would, as "name=value (Trainyard's: value)"."""
+    wanted = _wanted(processes)
+    return [
+        f"{name}={os.environ[name]} (Trainyard's: {value})"
+        for name, value in wanted.items()
+        if os.environ.get(name, value) != value
+    ]
+
+
+def _wanted(processes: int) -> dict[str, str]:
     has_cuda = cuda_devices() > 0
     settings = {
         # one thread per physical core over all workers; torch takes every core for each worker by itself
         "OMP_NUM_THREADS": str(max(1, usable_cores() // processes)),
         # forks of a process that has used the tokenizer's own threads would deadlock or warn
         "TOKENIZERS_PARALLELISM": "false",
-        # a host's and a version's own folder: a build for another CPU or torch is never loaded
+        # a host's and a version's own folder: a build for another CPU or torch is never loaded; see own_extensions
         "TORCH_EXTENSIONS_DIR": str(extensions_directory(has_cuda)),
         # lines reach logs and terminal when they are written, not when a buffer is full
         "PYTHONUNBUFFERED": "1",
@@ -49,7 +71,7 @@ def worker_environment(processes: int) -> dict[str, str]:
     if not has_cuda:
         settings["DS_ACCELERATOR"] = "cpu"  # DeepSpeed guesses by installed packages, not by devices
         settings |= MALLOC_SETTINGS
-    return {name: value for name, value in settings.items() if name not in os.environ}
+    return settings
 
 
 def network_environment(interface: str | None, own_address: str) -> dict[str, str]:
@@ -67,7 +89,8 @@ def network_environment(interface: str | None, own_address: str) -> dict[str, st
         settings["GLOO_SOCKET_IFNAME"] = interface
         # NCCL takes the first interface that it finds; "=": this one, not all whose names begin so
         settings["NCCL_SOCKET_IFNAME"] = f"={interface}"
-    return {variable: value for variable, value in settings.items() if variable not in os.environ}
+    settings = {variable: value for variable, value in settings.items() if variable not in os.environ}
+    return settings | {CHOSEN_VARIABLES: " ".join(settings)}
 
 
 def cuda_devices() -> int:
@@ -103,13 +126,48 @@ def cache_directory() -> Path:
 
 
 def extensions_directory(has_cuda: bool) -> Path:
-    """The folder of compiled extensions for this host, Python, torch, DeepSpeed and kind of device."""
+    """The folder of compiled extensions for this host, Python, torch, DeepSpeed and kind of device.
+
+    Two installations have one each: the paths of their headers differ, and each would build the other's anew.
+    """
     build = (
-        f"py{sys.version_info.major}.{sys.version_info.minor}-torch{version('torch')}"
+        f"py{sys.version_info.major}.{sys.version_info.minor}-{xxhash.xxh3_64_hexdigest(sys.prefix.encode())[:8]}-torch{version('torch')}"
         f"-deepspeed{version('deepspeed')}-{'cuda' if has_cuda else 'cpu'}"
     )
     host = re.sub(r"[^A-Za-z0-9._-]", "_", platform.node()) or "unnamed"
     return cache_directory() / "extensions" / host / build
+
+
+@contextlib.contextmanager
+def own_extensions(shared: Path) -> Iterator[Path]:
+    """A copy of the compiled extensions for one start of a Slurm job on this host; what it builds goes to `shared`.
+
+    torch takes a lock at every start, also where nothing is to be built, and waits for it without end. In one folder a
+    job would wait for another job of this user that was suspended, or is killed in a container of its own, meanwhile.
+    """
+    own = shared.with_name(f"{shared.name}.job{os.environ['SLURM_JOB_ID']}-{os.getpid()}")
+    for left in shared.parent.glob(f"{shared.name}.job*"):
+        if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:  # a kill's; a living job has long loaded its own
+            shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    shared.mkdir(parents=True, exist_ok=True)
+    for extension in _built(shared):
+        shutil.copytree(extension, own / extension.name)  # with times, by which ninja sees that nothing is to be done
+        if (extension / "lock").exists():  # it is being built anew: the copy may be half of the one and of the other
+            shutil.rmtree(own / extension.name)
+    try:
+        yield own
+    finally:
+        for extension in _built(own):
+            with contextlib.suppress(OSError):  # it is there already
+                extension.rename(shared / extension.name)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _built(folder: Path) -> list[Path]:
+    """The extensions of a folder that are whole: whoever builds one holds its lock until then."""
+    return [file.parent for file in folder.glob("*/*.so") if not (file.parent / "lock").exists()]
 
 
 def clear_stale_build_locks(folder: Path) -> list[Path]:

@@ -44,9 +44,9 @@ install_trainyard() {
   # Not every platform has wheels of the fast tokenizer engines (30 MB installed), and nothing needs them: there,
   # everything else is installed.
   install=(.venv/bin/python -m pip install --quiet --constraint constraints.txt)
-  "${install[@]}" --only-binary gigatoken,tiktoken,awkward-cpp --editable ".[test,lint,fast]" || {
+  "${install[@]}" --only-binary gigatoken,tiktoken,awkward-cpp --editable ".[test,lint,serve,fast]" || {
     echo "trainyard: the fast tokenizer engines cannot be installed here; going on without them ..." >&2
-    "${install[@]}" --editable ".[test,lint]"
+    "${install[@]}" --editable ".[test,lint,serve]"
   }
   echo "$wanted" >"$stamp"
 }

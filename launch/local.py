@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from gpt.run_directory import RunDirectory, SupersededError, claimed_from, host_label
+from gpt.heartbeat import read_beats
+from gpt.run_directory import SupersededError, claimed_from, host_label, newest_generation
 from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS
 from launch import environment
 from launch.hosts import HostSigns, Route, find_route
+from launch.log_folder import log_directory, record_outcome
+from launch.out_of_memory import explain_sigkill, oom_kills
 from launch.watch import HANG_EXIT_CODE, HangWatch
-from launch.worker_output import RankLogs, log_directory, shown_on_terminal
+from launch.worker_output import RankLogs, shown_on_terminal
 
 if TYPE_CHECKING:
     from gpt.recipe import Recipe
@@ -88,26 +91,27 @@ def run_workers(
                 stop.directory = _make_log_directory(recipe.run_directory(), restart, nodes)
                 if stop.received:  # while no worker was there to hear of it
                     print("trainyard: stopped on request; the same command goes on from there", file=sys.stderr)
+                    reason = "stopped on request while no rank ran"
+                    _record(recipe, stop.directory, "stopped", exit_code=STOPPED_EXIT_CODE, reason=reason)
                     return STOPPED_EXIT_CODE
                 config = _launch_config(recipe, processes, nodes, node_rank, route)
                 outcome = _run_group(recipe, config, ranks, stop.directory, signs)
-                if outcome.failure is None:
+                if outcome.exit_code:
+                    signals = [number.name for number in stop.received]
+                    details = {"exit_code": outcome.exit_code, "signals": signals, **outcome.details}
+                    _record(recipe, stop.directory, outcome.event(), **details)
+                if not outcome.may_start_again or restart == restarts or stop.requested():
                     return outcome.exit_code
-                owner = claimed_from(recipe.run_directory(), os.getpid())
-                _record(owner, "failed", reason=outcome.failure)
-                if restart == restarts or stop.requested():
-                    return outcome.exit_code
-                print(
-                    f"trainyard: restart {restart + 1} of at most {restarts}, since {outcome.failure}", file=sys.stderr
-                )
-                _record(owner, "restart", number=restart + 1, reason=outcome.failure)
+                reason = outcome.details["reason"]
+                print(f"trainyard: restart {restart + 1} of at most {restarts}, since {reason}", file=sys.stderr)
+                _record(recipe, stop.directory, "restart", number=restart + 1, reason=reason)
         except SignalException:
             number = stop.received[-1]
-            print(
-                f"trainyard: ended by {number.name} without saving; all workers of this host have ended",
-                file=sys.stderr,
-                flush=True,
-            )
+            reason = f"ended by {number.name} without saving"
+            print(f"trainyard: {reason}; all workers of this host have ended", file=sys.stderr, flush=True)
+            if stop.directory is not None:
+                details = {"failure": "second signal", "signal": number.name, "reason": reason}
+                _record(recipe, stop.directory, "failed", exit_code=128 + number, **details)
             return 128 + number
     raise AssertionError("the last start returns")
 
@@ -127,8 +131,14 @@ class _Outcome:
     """How a group of workers ended."""
 
     exit_code: int
-    failure: str | None = None
-    """What failed, in one line, where another start may help."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, exception, killed, exit or hang) and
+    as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, and the `file` of the traceback."""
+    may_start_again: bool = False
+    """Whether another start may help."""
+
+    def event(self) -> str:
+        return "stopped" if self.exit_code == STOPPED_EXIT_CODE else "failed"
 
 
 def run_preflight(
@@ -152,12 +162,13 @@ def _run_group(
     logs = RankLogs(directory)
     config.logs_specs = logs
     watch = HangWatch(recipe.run_directory(), directory, ranks, recipe.faults, signs)
+    oom_kills_before = oom_kills()
     with _environment_for(recipe, len(ranks), directory):
         try:
             with shown_on_terminal(logs), watch.watching(), _blocked_in_this_thread():
                 elastic_launch(config, sys.executable)("-P", "-m", WORKER_MODULE, *arguments)
         except ChildFailedError as error:
-            outcome, lines = _explain(error.failures, directory, watch.hang)
+            outcome, lines = _explain(error.failures, directory, watch.hang, oom_kills_before)
             print("\n".join(lines), file=sys.stderr, flush=True)
             return outcome
         except (RendezvousError, torch.distributed.DistError) as error:
@@ -174,15 +185,23 @@ def _run_group(
     if stopped:
         step = stopped[0].read_text(encoding="utf-8")
         print(f"trainyard: stopped on request after step {step}; the same command goes on from there", file=sys.stderr)
-        return _Outcome(STOPPED_EXIT_CODE)
+        details = {"reason": f"stopped on request after step {step}", "checkpoint_step": int(step)}
+        return _Outcome(STOPPED_EXIT_CODE, details)
     return _Outcome(0)
 
 
-def _record(owner: RunDirectory | None, event: str, **details: Any) -> None:
-    """Add an event in the name of the start that has just ended; none where it did not come to own the directory."""
-    with contextlib.suppress(OSError, SupersededError):  # the file system may be what failed
-        if owner is not None:
-            owner.write_event(event, **details)
+def _record(recipe: "Recipe", logs: Path, event: str, **details: Any) -> None:
+    """Keep how a start ended: as an event where one of its ranks came to own the run directory, which has one writer,
+    else as `outcome.json` beside its logs."""
+    run = recipe.run_directory()
+    steps = [beat.step for beat in read_beats(run, newest_generation(run)).values() if beat.launcher == os.getpid()]
+    details = {"host": host_label(), "file": f"logs/{logs.name}", **details, "step": max(steps, default=None)}
+    with contextlib.suppress(OSError):  # the file system may be what failed
+        with contextlib.suppress(SupersededError):
+            if owner := claimed_from(run, os.getpid()):
+                owner.write_event(event, **details)
+                return
+        record_outcome(logs, event, **details)
 
 
 def _find_route(processes: int, nodes: int, node_rank: int, rendezvous: str | None) -> Route | None:
@@ -241,7 +260,10 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
     `errors` is where a worker leaves why it refused (`rank_N.txt`) or failed (`rank_N.traceback.txt`).
     """
     before = dict(os.environ)
-    os.environ.update(environment.worker_environment(processes))
+    if own := environment.own_settings(processes):
+        print(f"environment: your own settings stay: {', '.join(own)}", flush=True)
+    chosen = environment.worker_environment(processes)
+    os.environ.update(chosen)
     os.environ["TRAINYARD_RECIPE"] = json.dumps(recipe.model_dump(mode="json"))
     os.environ["TRAINYARD_ERROR_DIRECTORY"] = str(errors)
     for lock in environment.clear_stale_build_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
@@ -250,7 +272,11 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
         if name.startswith("torch.distributed.elastic"):  # the agent's own words; this file says what happened
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if "SLURM_JOB_ID" in os.environ and (shared := chosen.get("TORCH_EXTENSIONS_DIR")):
+                folder = stack.enter_context(environment.own_extensions(Path(shared)))
+                os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+            yield
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -320,18 +346,23 @@ def _blocked_in_this_thread() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _explain(failures: dict[int, ProcessFailure], logs: Path, hang: str | None) -> tuple[_Outcome, list[str]]:
+def _explain(
+    failures: dict[int, ProcessFailure], logs: Path, hang: str | None, oom_kills_before: dict[str, int]
+) -> tuple[_Outcome, list[str]]:
     """Why the workers of this host failed: a hang, else refusals once each, else the killing signal, else the first
     traceback."""
     place = f"trainyard: what every rank printed: {logs}"
     if hang is not None:
-        return _Outcome(HANG_EXIT_CODE, hang), [place, f"trainyard: error: {hang}"]
+        found = {"failure": "hang", "reason": hang}
+        return _Outcome(HANG_EXIT_CODE, found, may_start_again=True), [place, f"trainyard: error: {hang}"]
     refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(logs.glob("rank_*[0-9].txt"))]
-    if refusals:
-        return _Outcome(1), [f"trainyard: error: {sentence}" for sentence in dict.fromkeys(refusals)]
+    if refusals := list(dict.fromkeys(refusals)):
+        found = {"failure": "refused", "reason": "; ".join(refusals)}
+        return _Outcome(1, found), [f"trainyard: error: {sentence}" for sentence in refusals]
     tracebacks = {_rank_of(file): file for file in logs.glob("rank_*.traceback.txt")}
-    killed = _killed(failures)
-    causes = [sentence for sentences in killed.values() for sentence in sentences]
+    sigkill, out_of_memory = explain_sigkill(oom_kills_before, oom_kills())
+    killed = _killed(failures, sigkill)
+    causes = [sentence for sentences in killed.values() for sentence in sentences.values()]
     silent = {
         rank: failure for rank, failure in sorted(failures.items()) if failure.exitcode > 0 and rank not in tracebacks
     }
@@ -339,18 +370,27 @@ def _explain(failures: dict[int, ProcessFailure], logs: Path, hang: str | None) 
         f"{_worker(rank, failure)} ended with exit code {failure.exitcode} and left no traceback"
         for rank, failure in silent.items()
     ]
-    failure = "; ".join(causes)
+    details: dict[str, Any] = {"failure": "exit", "reason": "; ".join(causes)}
+    if killed:
+        number, sentences = next(iter(killed.items()))
+        details |= {"failure": "killed", "rank": min(sentences), "signal": number.name}
+        details |= {"out_of_memory": out_of_memory} if number is signal.SIGKILL else {}
+    elif silent:
+        details |= {"rank": min(silent), "rank_exit_code": silent[min(silent)].exitcode}
     # native code also aborts because its peer has failed, so an abort does not hide a traceback
     if tracebacks and killed.keys() <= {signal.SIGABRT}:
         # the other ranks' later tracebacks only say that this one went away; they are in the logs
         first = min(tracebacks, key=lambda rank: tracebacks[rank].stat().st_mtime_ns)
         text = tracebacks[first].read_text(encoding="utf-8").rstrip()
         causes.append(f"rank {first} on {host_label()} failed:\n{text}")
-        outcome = _Outcome(1, f"rank {first} on {host_label()} failed: {text.splitlines()[-1]}")
+        reason = f"rank {first} on {host_label()} failed: {text.splitlines()[-1]}"
+        file = f"logs/{logs.name}/{tracebacks[first].name}"
+        details = {"failure": "exception", "reason": reason, "rank": first, "file": file}
+        outcome = _Outcome(1, details, may_start_again=True)
     elif ended := {f.exitcode for f in silent.values()} & {128 + number for number in SIGNALS}:
-        outcome = _Outcome(min(ended))  # a second signal to a rank
+        outcome = _Outcome(min(ended), details | {"failure": "second signal"})  # to a rank
     else:
-        outcome = _Outcome(HANG_EXIT_CODE if killed else 1, failure)
+        outcome = _Outcome(HANG_EXIT_CODE if killed else 1, details, may_start_again=True)
     return outcome, [place, *(f"trainyard: error: {cause}" for cause in causes)]
 
 
@@ -358,16 +398,16 @@ def _rank_of(file: Path) -> int:
     return int(file.name.removeprefix("rank_").partition(".")[0])
 
 
-def _killed(failures: dict[int, ProcessFailure]) -> dict[signal.Signals, list[str]]:
-    """Sentences on the ranks that a signal ended. The agent ends the others with SIGTERM, so that one counts only when
-    nothing else happened."""
-    killed: dict[signal.Signals, list[str]] = {}
+def _killed(failures: dict[int, ProcessFailure], sigkill: str) -> dict[signal.Signals, dict[int, str]]:
+    """Sentences on the ranks that a signal ended, by rank; `sigkill` is what is known of a SIGKILL. The agent ends the
+    others with SIGTERM, so that one counts only when nothing else happened."""
+    killed: dict[signal.Signals, dict[int, str]] = {}
     for rank, failure in sorted(failures.items()):
         if failure.exitcode >= 0 or (failure.exitcode == -signal.SIGTERM and _others_failed(failures)):
             continue
         number = signal.Signals(-failure.exitcode)
-        hint = ", as the kernel does when memory runs out" if number is signal.SIGKILL else ""
-        killed.setdefault(number, []).append(f"{_worker(rank, failure)} was killed by {number.name}{hint}")
+        hint = sigkill if number is signal.SIGKILL else ""
+        killed.setdefault(number, {})[rank] = f"{_worker(rank, failure)} was killed by {number.name}{hint}"
     return killed
 
 

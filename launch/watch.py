@@ -23,6 +23,7 @@ from gpt.heartbeat import (
 from gpt.recipe import Faults
 from gpt.run_directory import heartbeat_file, host_label, newest_generation
 from launch.hosts import HostSigns
+from launch.log_folder import record_outcome
 
 MEETING_SECONDS = 600.0
 """Ranks have no heartbeat until they have met: imports, building extensions and waiting for hosts take time."""
@@ -199,6 +200,8 @@ class HangWatch:
         while any(_state(process) not in ("zombie", "gone") for process in processes.values()):
             if time.monotonic() > deadline:
                 print(f"trainyard: error: {self.hang}; it cannot be killed", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):
+                    record_outcome(self._logs, "failed", failure="hang", exit_code=HANG_EXIT_CODE, reason=self.hang)
                 os._exit(HANG_EXIT_CODE)
             time.sleep(0.1)
 

@@ -4,14 +4,11 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
-
-from gpt.run_directory import host_label
 
 POLL_SECONDS = 0.1
 
@@ -40,15 +37,6 @@ class RankLogs(LogsSpecs):
         stderrs = {local_rank: str(self.file(rank, "stderr")) for local_rank, rank in ranks.items()}
         self.paths = [Path(path) for path in (*stdouts.values(), *stderrs.values())]
         return LogsDest(stdouts, stderrs, error_files=dict.fromkeys(ranks, os.devnull))
-
-
-def log_directory(run_directory: Path, restart: int = 0) -> Path:
-    """A new folder for this start's logs; its name tells time (UTC), host, launcher and which restart of it this is."""
-    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{host_label()}_{os.getpid()}"
-    name += f"_restart{restart}" if restart else ""
-    directory = run_directory / "logs" / name
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ write_configuration() {
   user="$(id -un)"
   port="$(free_ports $((nodes + 1)))"
   host="$(hostname -s)"
-  cores="$(nproc)"
+  cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would believe these
   memory_mib=$(($(awk '/^MemTotal/ {print $2}' /proc/meminfo) / 1024))
   {
     cat <<END

@@ -20,5 +20,5 @@ fi
 # Unit tests are one process each and share the cores; what starts ranks itself has the machine for itself.
 failed=0
 "${pytest[@]}" --numprocesses 2 --dist loadfile tests/unit || failed=1
-"${pytest[@]}" tests/numerics tests/distributed tests/integration || failed=1
+"${pytest[@]}" tests/numerics tests/distributed tests/integration tests/slurm || failed=1
 exit $failed

@@ -23,6 +23,7 @@ from gpt.checkpoint.format import (
 )
 
 TORCH_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES_SHOWN = 6
 NORM_TOLERANCE = 1e-10
 """Relative. Norms are summed in float64, over other ranges and so in another order than at the save: for a sum of n
 squares that is at most n * 1.1e-16, and for torch's sums in blocks far below 1e-12 at any n that memory holds."""
@@ -192,11 +193,11 @@ def empty_model(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtyp
     actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if shapes != actual:
         names = sorted(name for name in shapes.keys() | actual.keys() if shapes.get(name) != actual.get(name))
-        name = names[0]
+        listed = [f"{name} {shapes.get(name, 'none')} and {actual.get(name, 'none')}" for name in names[:NAMES_SHOWN]]
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         raise ValueError(
-            f"The checkpoint's parameters are not those of its configuration: {name} has the shape "
-            f"{shapes.get(name, 'none')} in the checkpoint and {actual.get(name, 'none')} in transformers' "
-            f"{type(model).__name__} ({len(names)} differ)."
+            f"The checkpoint's parameters are not those of its configuration; their shapes in the checkpoint and in "
+            f"transformers' {type(model).__name__}: {', '.join(listed)}{more}."
         )
     return model
 

@@ -18,6 +18,7 @@ from gpt.checkpoint.format import (
     write_manifest,
 )
 from gpt.checkpoint.read import TORCH_DTYPES
+from gpt.train import tied_names
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -182,7 +183,7 @@ def write_checkpoint(
                 for n, p in parameters.items()
             ],
             buffers=list(persistent),
-            tied={n: "tied" for n in model.state_dict() if n not in parameters and n not in persistent},
+            tied=tied_names(model),
             optimizer={
                 "type": "adamw",
                 "states": list(states),

@@ -326,9 +326,7 @@ def test_parameters_that_are_not_the_configurations_are_refused(tmp_path: Path) 
     directory = write_checkpoint(tmp_path / "run", make_model())
     config = read_manifest(directory).model_config_dict
     change_manifest(directory, model_config=config | {"intermediate_size": 48})
-    with pytest.raises(
-        ValueError, match=r"down_proj\.weight has the shape \(32, 64\) in the checkpoint and \(32, 48\)"
-    ):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: .*down_proj\.weight \(32, 64\) and \(32, 48\)"):
         load_plain_model(tmp_path / "run")
     change_manifest(directory, model_config=config | {"model_type": "perceptron"})
     with pytest.raises(ValueError, match=r"model type 'perceptron' .* is unknown"):

@@ -85,6 +85,8 @@ def test_other_dtypes_are_checked_in_the_training_dtype(tmp_path: Path) -> None:
     export_run(tmp_path / "run", tmp_path / "masters", dtype="fp32")
     report = report_of(tmp_path / "masters")
     assert report["computed_in"] == "bf16" and report["exported_in"] == "fp32"
+    masters = next(check for check in report["checks"] if check["check"] == "masters")
+    assert masters["passed"] and masters["difference"] == 0
     stored = load_file(tmp_path / "masters" / "model.safetensors")
     assert all(torch.equal(stored[name], parameter) for name, parameter in model.named_parameters())
     write_checkpoint(tmp_path / "run32", model, precision="fp32")
@@ -104,7 +106,7 @@ def test_shards_index_and_progress(tmp_path: Path) -> None:
     result = export_run(
         tmp_path / "run",
         tmp_path / "out",
-        max_shard_bytes=20_000,
+        max_shard_size="20KB",
         progress=lambda done, total: calls.append((done, total)),
     )
     files = result["weight_files"]
@@ -121,11 +123,17 @@ def test_shards_index_and_progress(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_process_gate")
 def test_a_chat_folder_ends_at_both_tokens_and_its_checksums_hold(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    write_checkpoint(run, make_model(), data_kind="chat")
+    directory = write_checkpoint(run, make_model(), data_kind="chat")
     lines = [{"step": s, "train/loss": 1.0} | ({"evaluate/loss": float(s)} if s % 5 == 0 else {}) for s in range(1, 16)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = tmp_path / "out"
-    assert export_run(run, out)["end_tokens"] == [256, 259]
+    recipe = {"name": "talk", "model": {}, "data": {"train": [{"path": "/d/speeches/train", "weight": 1.0}]}}
+    change_manifest(directory, recipe=recipe | {"tokenizer": str(run / "tokenizer")})
+    options: dict[str, Any] = {
+        "licence": "apache-2.0",
+        "describe_data": lambda path: f"of {path.parent.name}/{path.name}",
+    }
+    assert export_run(run, out, **options)["end_tokens"] == [256, 259]
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [256, 259]
     assert AutoTokenizer.from_pretrained(out).chat_template is not None
     checksums = json.loads((out / "checksums.json").read_text())["files"]
@@ -133,10 +141,13 @@ def test_a_chat_folder_ends_at_both_tokens_and_its_checksums_hold(tmp_path: Path
     for name, entry in checksums.items():
         VerifiedFile(out / name, FileEntry.model_validate(entry)).verify()
     card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "\nlicense: apache-2.0\n" in card
+    assert "| Data set 1 | speeches/train, weight 1: of speeches/train |" in card and "mixture 0123456789abcdef" in card
+    assert "found equal to the training engine's" in card and "is not stated" not in card
     assert "| Validation loss | 10.0000 |" in card, "the evaluation of the exported step, not a later one"
     assert "10,000 tokens in 10 steps" in card
     report = report_of(out)
-    assert report["passed"] and report["step"] == 10 and report["sequence_length"] == 40
+    assert report["passed"] and report["step"] == 10 and report["data_kind"] == "chat"
     assert {c["check"] for c in report["checks"]} == {
         "tensors", "logits", "loss", "greedy", "tokenizer", "chat_template", "end_tokens",
     }  # fmt: skip
@@ -186,7 +197,7 @@ def test_a_checkpoint_without_probe_is_exported_only_where_ungated_allows_it_and
     assert result["gated"] is False and "out was not checked against the training engine" in lines[-1]
     report = report_of(tmp_path / "out")
     assert report["gated"] is False and report["passed"], "its names, tokens and end tokens are right"
-    assert {check["check"] for check in report["checks"]} == {"tensors", "tokenizer", "end_tokens"}
+    assert {check["check"] for check in report["checks"]} == {"tensors", "tokenizer", "end_tokens", "runs"}
     assert "**Not checked against the training engine**" in (tmp_path / "out" / "README.md").read_text()
     write_checkpoint(tmp_path / "with", make_model())
     result = export_run(tmp_path / "with", tmp_path / "gated", ungated=True)
@@ -339,6 +350,8 @@ def test_refusals_before_anything_is_written(tmp_path: Path, monkeypatch: pytest
         directory = write_checkpoint(run, make_model(), step=step)
     with pytest.raises(ValueError, match="has no checkpoint of step 7; there are 5, 10"):
         export_run(run, tmp_path / "out", step=7)
+    with pytest.raises(ValueError, match="licence 'Apache 2' is no identifier of the hub"):
+        export_run(run, tmp_path / "out", licence="Apache 2")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(ValueError, match="full is not empty"):
@@ -349,10 +362,12 @@ def test_refusals_before_anything_is_written(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ValueError, match=r"needs 0\.06 GiB of disk, but .* has 0\.00 GiB free"):
             export_run(run, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(export.psutil, "virtual_memory", lambda: namedtuple("memory", "available")(1000))
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(ValueError, match=r"loads the model, which takes .* of memory"):
+        patch.setattr(export, "available_memory_bytes", lambda: 500 * 2**20)
+        with pytest.raises(ValueError, match=r"needs 0\.50 GiB of memory even where .*, but 0\.49 GiB are available"):
             export_run(run, tmp_path / "out")
+    for size in ("5 apples", "5", "0GB", "-1GB", "8Gb", ""):
+        with pytest.raises(ValueError, match=f"shard size '{size}' is no size; give one as 5GB"):
+            export_run(run, tmp_path / "out", max_shard_size=size)
     write_manifest(directory, read_manifest(directory).model_copy(update={"version": "checkpoint/7"}))
     with pytest.raises(ValueError, match="has the format 'checkpoint/7'"):
         export_run(run, tmp_path / "out")

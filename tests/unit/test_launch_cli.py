@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from launch import cli
 
-COMMANDS = ("prepare", "verify", "train", "evaluate", "export", "generate", "chat")
+COMMANDS = ("prepare", "verify", "train", "submit", "evaluate", "export", "generate", "chat")
 
 
 def trainyard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """Process environment: threads, allocator, build folder, stale build locks."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
+from gpt.run_directory import CHOSEN_VARIABLES, describe_environment
 from launch import environment
-from launch.environment import clear_stale_build_locks, worker_environment
+from launch.environment import clear_stale_build_locks, own_extensions, worker_environment
 
 VARIABLES = (
     "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR", "TRAINYARD_CACHE",
@@ -55,6 +57,13 @@ def test_the_users_own_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS" not in settings
     assert "MALLOC_TOP_PAD_" not in settings
     assert "MALLOC_TRIM_THRESHOLD_" in settings
+    assert environment.own_settings(1)[0].startswith("OMP_NUM_THREADS=3 (Trainyard's: ")
+    assert settings[CHOSEN_VARIABLES].split() == [name for name in settings if name != CHOSEN_VARIABLES]
+    monkeypatch.setenv(CHOSEN_VARIABLES, settings[CHOSEN_VARIABLES])
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", settings["MALLOC_TRIM_THRESHOLD_"])
+    shown = describe_environment(world_size=1)["variables"]
+    assert (shown["set_outside"]["OMP_NUM_THREADS"], shown["set_outside"]["MALLOC_TOP_PAD_"]) == ("3", "1")
+    assert list(shown["chosen_by_trainyard"]) == ["MALLOC_TRIM_THRESHOLD_"]
 
 
 def test_hosts_of_a_run_use_the_interface_of_their_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +74,15 @@ def test_hosts_of_a_run_use_the_interface_of_their_address(monkeypatch: pytest.M
         "TRAINYARD_HOST": f"{platform.node()}@10.0.0.7",
         "GLOO_SOCKET_IFNAME": "eth7",
         "NCCL_SOCKET_IFNAME": "=eth7",
+        CHOSEN_VARIABLES: "TRAINYARD_HOST GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME",
     }
+    monkeypatch.setenv(CHOSEN_VARIABLES, settings[CHOSEN_VARIABLES])
+    chosen = worker_environment(1)[CHOSEN_VARIABLES].split()
+    assert "GLOO_SOCKET_IFNAME" in chosen and "PYTHONUNBUFFERED" in chosen
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
     settings = environment.network_environment("eth7", "10.0.0.7")
-    assert settings == {"TRAINYARD_HOST": "n2@10.0.0.7", "NCCL_SOCKET_IFNAME": "=eth7"}
+    assert (settings["TRAINYARD_HOST"], "GLOO_SOCKET_IFNAME" in settings) == ("n2@10.0.0.7", False)
     assert "NCCL_SOCKET_IFNAME" not in environment.network_environment(None, "10.0.0.7")
 
 
@@ -137,3 +150,33 @@ def test_only_locks_without_a_living_holder_are_removed(tmp_path: Path, holder: 
 
 def test_a_folder_that_does_not_exist_yet_has_no_locks(tmp_path: Path) -> None:
     assert clear_stale_build_locks(tmp_path / "absent") == []
+
+
+def test_a_jobs_own_extensions_are_a_copy_and_what_it_builds_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    shared = tmp_path / "build"
+    for name in ("warm", "under_way"):
+        (shared / name).mkdir(parents=True)
+        (shared / name / f"{name}.so").write_bytes(name.encode())
+    os.utime(shared / "warm" / "warm.so", (1e9, 1e9))
+    assert FileBaton(str(shared / "under_way" / "lock")).try_acquire()
+    left, young = tmp_path / "build.job7-1", tmp_path / "build.job8-1"
+    left.mkdir()
+    young.mkdir()
+    os.utime(left, (1e9, 1e9))
+
+    with own_extensions(shared) as own:
+        assert own.parent == tmp_path and own.name.startswith("build.job12-") and not left.exists()
+        assert sorted(file.name for file in own.rglob("*")) == ["warm", "warm.so"]
+        assert (own / "warm" / "warm.so").stat().st_mtime == 1e9, "ninja would build it again"
+        assert FileBaton(str(own / "warm" / "lock")).try_acquire(), "another job does not see it"
+        assert not (shared / "warm" / "lock").exists()
+        for name in ("new", "half"):
+            (own / name).mkdir()
+            (own / name / f"{name}.so").write_bytes(b"")
+        (own / "half" / "lock").touch()
+    assert sorted(file.name for file in shared.iterdir()) == ["new", "under_way", "warm"]
+    assert (shared / "warm" / "warm.so").read_bytes() == b"warm"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["build", "build.job8-1"]

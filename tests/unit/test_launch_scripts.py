@@ -13,7 +13,6 @@ SCRIPTS = (
     "launch/quickstart.sh",
     "tests/run.sh",
     ".ci/run",
-    "slurm/train.sbatch",
     "slurm/prepare_array.sbatch",
 )
 
@@ -70,7 +69,7 @@ def test_installs_the_tested_versions_once(checkout: Path) -> None:
     assert install(checkout).returncode == 0
     assert install(checkout).returncode == 0
     arguments = (checkout / "installed.txt").read_text().splitlines()
-    fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,fast]"
+    fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,serve,fast]"
     assert arguments == [f"-m pip install --quiet --constraint constraints.txt {fast}"]
     with (checkout / "constraints.txt").open("a") as file:
         file.write("another==1\n")
@@ -83,11 +82,11 @@ def test_without_wheels_of_the_fast_engines_the_rest_is_installed(checkout: Path
     assert done.returncode == 0
     assert "fast tokenizer engines cannot be installed here" in done.stderr
     last = (checkout / "installed.txt").read_text().splitlines()[-1]
-    assert last == "-m pip install --quiet --constraint constraints.txt --editable .[test,lint]"
+    assert last == "-m pip install --quiet --constraint constraints.txt --editable .[test,lint,serve]"
     assert (checkout / ".venv" / "trainyard-installed").is_file()
-    assert install(checkout, FAILS=".[test,lint").returncode == 0  # nothing to do
+    assert install(checkout, FAILS=".[test,lint,serve").returncode == 0  # nothing to do
     (checkout / ".venv" / "trainyard-installed").unlink()
-    assert install(checkout, FAILS=".[test,lint").returncode != 0
+    assert install(checkout, FAILS=".[test,lint,serve").returncode != 0
     assert not (checkout / ".venv" / "trainyard-installed").exists()
 
 
@@ -123,38 +122,6 @@ def test_every_pinned_version_is_exact_and_runs_here() -> None:
         assert version(name).partition("+")[0] == pins[name]
 
 
-def test_job_script_starts_one_launcher_a_node(tmp_path: Path) -> None:
-    executable(
-        tmp_path / "bin" / "scontrol", '#!/bin/bash\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n'
-    )
-    executable(
-        tmp_path / "bin" / "srun",
-        '#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "option $1"; shift; done\n'
-        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n',
-    )
-    executable(tmp_path / ".venv" / "bin" / "trainyard", '#!/bin/bash\nprintf "[%s]" "$@"; echo\n')
-    script = ROOT / "slurm" / "train.sbatch"
-    variables = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_NODELIST": "n[3-4]",
-        "SLURM_JOB_ID": "61234",
-        "SLURM_NNODES": "2",
-    }
-    done = bash(f"bash {script} 'my recipe.yaml' 'name=a $(id)'", tmp_path, **variables)
-    assert done.returncode == 0, done.stderr
-    launchers = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    assert launchers == [
-        f"[train][my recipe.yaml][name=a $(id)][--nodes][2][--node-rank][{node}][--rendezvous][n3:21234]"
-        for node in (0, 1)
-    ]
-    assert "option --kill-on-bad-exit=1" in done.stdout
-
-    refused = bash(f"bash {script}", tmp_path, **variables)
-    assert refused.returncode == 2
-    assert "no recipe given" in refused.stderr
-
-
 def test_array_script_gives_each_task_its_share(tmp_path: Path) -> None:
     executable(tmp_path / ".venv" / "bin" / "trainyard", '#!/bin/bash\nprintf "[%s]" "$@"; echo\n')
     script = ROOT / "slurm" / "prepare_array.sbatch"
@@ -177,9 +144,8 @@ def test_array_script_gives_each_task_its_share(tmp_path: Path) -> None:
         assert refused.stdout == ""
 
 
-@pytest.mark.parametrize("name", ["train.sbatch", "prepare_array.sbatch"])
-def test_job_script_options_are_ones_that_sbatch_takes_as_they_are(name: str) -> None:
-    lines = (ROOT / "slurm" / name).read_text().splitlines()
+def test_array_script_options_are_ones_that_sbatch_takes_as_they_are() -> None:
+    lines = (ROOT / "slurm" / "prepare_array.sbatch").read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
     assert len(options) > 3
     assert [option for option in options if not option.startswith("--") or "$" in option] == []

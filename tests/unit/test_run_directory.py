@@ -20,11 +20,11 @@ from gpt.heartbeat import Heartbeat
 from gpt.run_directory import (
     RunDirectory,
     SupersededError,
-    _process_space,
     claimed_from,
     compare_recipes,
     describe_environment,
     host_label,
+    process_space,
     stored_recipe,
 )
 
@@ -40,7 +40,7 @@ def write_claim(run: Path, *, host: str, pid: int = 4242, started: float = 0.0, 
     now = time.time()
     claim = {"generation": generation, "host": host, "pid": pid, "pid_started": started, "job": job, "time": now}
     claim |= {"launcher": 1, "stale_seconds": STALE_SECONDS}
-    claim |= {"process_space": _process_space() if here else f"{host} another-boot pid:[1]"}
+    claim |= {"process_space": process_space() if here else f"{host} another-boot pid:[1]"}
     files = {run / "generations" / f"{generation:06d}.json": claim}
     if beat_age is not None:
         beat = {"time": now - beat_age, "phase": "training", "pid": pid, "host": host, "ended": ended}
@@ -352,13 +352,20 @@ def test_the_environment_names_versions_host_and_only_the_variables_that_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("SECRET_TOKEN", "hidden")
+    secrets = (
+        *("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "SLURM_JWT", "SLURM_JOB_COMMENT", "NCCL_SECRET"),
+        *("TRAINYARD_CACHE_KEY", "OMP_TOKEN", "CUDA_VISIBLE_DEVICES_KEY", "DS_KEY", "SLURM_JOB_ID_TOKEN"),
+    )
+    for name in secrets:
+        monkeypatch.setenv(name, "hidden")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
     environment = json.loads(json.dumps(describe_environment(world_size=3)))
     assert environment["versions"]["torch"].startswith("2.")
     assert environment["versions"]["deepspeed"]
     assert (environment["host"], environment["world_size"]) == (socket.gethostname(), 3)
-    assert environment["variables"]["OMP_NUM_THREADS"] == "1"
-    assert "SECRET_TOKEN" not in json.dumps(environment)
+    shown = environment["variables"]["set_outside"]
+    assert (shown["OMP_NUM_THREADS"], shown["SLURM_JOB_ID"], environment["job"]) == ("1", "12", "12")
+    assert "hidden" not in json.dumps(environment)
 
 
 # The recipe of a run that goes on

@@ -1,0 +1,138 @@
+"""transformers' OpenAI-compatible server around one model that is already loaded, with a gate in front of it.
+
+Its own command would also load and unload whatever model a request names, from this disk or from the hub.
+"""
+
+import hmac
+from typing import Any
+
+from fastapi import HTTPException, Request
+from jinja2 import TemplateError
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerateManager, GenerationState
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+
+
+def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str | None) -> ASGIApp:
+    """The server as an ASGI application; with `token`, each request must carry it as its bearer token."""
+    _sample_as_asked(model.generation_config)
+    manager, state = _OneModel(name, model, tokenizer), _BoundedState()
+    unused: Any = None  # handlers of paths that the gate does not let through
+    app = build_server(
+        manager,
+        ChatCompletionHandler(manager, state),
+        completion_handler=CompletionHandler(manager, state),
+        response_handler=unused,
+        transcription_handler=unused,
+        systemone_handler=unused,
+        generation_state=state,
+    )
+    for kind in (HTTPException, ValueError, KeyError, TemplateError):
+        app.add_exception_handler(kind, _refuse)
+    return _Gate(app, token)
+
+
+def _sample_as_asked(config: GenerationConfig | None) -> None:
+    """Let a request's temperature count: without this, transformers' server takes the most likely token whatever it is.
+
+    A folder that itself asks for sampling is left as it is. Otherwise the defaults are those of OpenAI's interface.
+    """
+    if config is not None and not config.do_sample:
+        config.do_sample, config.temperature, config.top_p, config.top_k = True, 1.0, 1.0, 0
+
+
+class _OneModel(ModelManager):
+    """Knows one model, by its name; a request for another is refused and never loads anything."""
+
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._loaded = model, tokenizer
+        super().__init__(force_model=name)
+
+    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
+        return self._loaded
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id
+
+    def get_gen_models(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "trainyard"}]
+
+
+class _BoundedState(GenerationState):
+    """Generation that ends where the model's positions do, which transformers itself does not see to."""
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
+        manager: GenerateManager = self._generate_managers.setdefault(model_id, _BoundedManager())
+        return manager
+
+
+class _BoundedManager(GenerateManager):
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
+    ) -> Any:
+        _bound(model, inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kw)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
+    ) -> Any:
+        _bound(model, inputs, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kw)
+
+
+def _bound(model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> None:
+    """Limit the new tokens to the positions that are left; the answer's finish_reason then says "length"."""
+    tokens = inputs["input_ids"].shape[-1]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if tokens == 0:
+        raise HTTPException(400, "The prompt is empty; give at least one character to continue from.")
+    if positions is not None:
+        if tokens >= positions:
+            raise HTTPException(
+                400, f"The prompt has {tokens} tokens, but the model has {positions} positions; shorten it."
+            )
+        config.max_new_tokens = min(config.max_new_tokens or positions, positions - tokens)
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException):
+        return _error(error.status_code, str(error.detail))
+    return _error(400, f"The request cannot be answered: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _error(status: int, message: str, **headers: str) -> JSONResponse:
+    """An error in the form that OpenAI's clients show."""
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": None}}, status, headers)
+
+
+class _Gate:
+    """Lets a request through that carries the token and asks for one of PATHS."""
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self._app = app
+        self._expected = None if token is None else f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if self._expected is not None and not hmac.compare_digest(given, self._expected):
+            return _error(
+                401,
+                "Give the token that `trainyard serve` printed: Authorization: Bearer TOKEN.",
+                **{"WWW-Authenticate": "Bearer"},
+            )
+        if scope["path"] not in PATHS:
+            return _error(404, f"There is no {scope['path']} here, only {', '.join(PATHS)}.")
+        return None
