@@ -1,6 +1,7 @@
 """Loss, perplexity, token accuracy and bits per byte on held-out data: while training, and of a folder afterwards.
 
-Both ways sum the same quantities over the same rows with `sum_over_rows`, so they can be compared.
+Both ways sum the same quantities over the same rows with `sum_over_rows`, so they can be compared. `evaluate_task` lets
+`gpt.scores` score a run or a folder on the questions of a task.
 """
 
 import json
@@ -13,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.stream import ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths
 from gpt.batch import MicroBatch, micro_batches
 from gpt.checkpoint.format import Greedy
-from gpt.checkpoint.read import load_plain_model
+from gpt.checkpoint.read import load_plain_model, open_checkpoint
+from gpt.export_source import trained_on_chat
+from gpt.generate import DEVICE_MAPS, DTYPES, Loading, input_device, load_model
 from gpt.loss import count_correct, cross_entropy_sum
 from gpt.metrics import Evaluation, Record
 from gpt.model import is_run_directory
 from gpt.run_directory import stored_recipe
+from gpt.scores import score_exact_match, score_multiple_choice
+from gpt.task import MultipleChoice, load_task
 
 if TYPE_CHECKING:
     from gpt.trainer import Trainer
@@ -126,6 +131,7 @@ def evaluate_path(
     sequences: int | None = None,
     sequence_length: int | None = None,
     text_encoding: str = "utf-8",
+    loading: Loading | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run directory (its newest checkpoint) or a Hugging Face folder, with transformers in this process.
@@ -138,18 +144,15 @@ def evaluate_path(
     Raises:
         FileNotFoundError, ValueError: no model, no data, or data made with another tokenizer.
     """
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist: give a run directory or a model folder")
-    model, tokenizer_path, length = _load(source)
+    model, tokenizer_path, length = _load(source, loading)
     tokenizer = load_tokenizer(tokenizer_path)
     length = sequence_length or length
+    device = input_device(model)
     with tempfile.TemporaryDirectory() as scratch:
         stream = _open_data(data, tokenizer, tokenizer_path, length, text_encoding, Path(scratch))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(device).eval()
 
         def forward(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-            return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.to(device)
 
         byte_lengths = token_byte_lengths(tokenizer)
         samples = min(stream.number_of_samples, sequences or stream.number_of_samples)
@@ -167,19 +170,61 @@ def evaluate_path(
     return {**result, "target_tokens": int(sums[1]), "sequences": samples, "sequence_length": length}
 
 
-def _load(source: Path) -> tuple[Any, Path, int]:
+def evaluate_task(
+    source: Path,
+    task_file: Path,
+    *,
+    loading: Loading | None = None,
+    predictions: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score a run directory (its newest checkpoint) or a Hugging Face folder on the questions of a task.
+
+    `predictions` gets a line for each question. Raises as `evaluate_path`, and ValueError for a bad task or question.
+    """
+    task, questions = load_task(task_file)
+    model, tokenizer = _load_with_tokenizer(source, loading)
+    if isinstance(task, MultipleChoice):
+        scored = score_multiple_choice(model, tokenizer, task, questions, progress)
+    else:
+        scored = score_exact_match(model, tokenizer, task, questions, progress)
+    if predictions is not None:
+        lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in scored.predictions]
+        predictions.write_text("".join(lines), encoding="utf-8")
+    about = {"task": str(task_file), "kind": task.kind, "examples": len(questions), **scored.facts}
+    return {**about, "scores": scored.scores()}
+
+
+def evaluate_harness(source: Path, tasks: Path, *, loading: Loading | None = None) -> dict[str, Any]:
+    """Score a run directory or a Hugging Face folder on local tasks of lm-evaluation-harness. Raises as it does."""
+    from gpt.harness import evaluate_with_harness
+
+    return evaluate_with_harness(*_load_with_tokenizer(source, loading), tasks)
+
+
+def _load_with_tokenizer(source: Path, loading: Loading | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    model, tokenizer_path, _ = _load(source, loading)
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_path)
+    if is_run_directory(str(source)) and not trained_on_chat(open_checkpoint(source).manifest):
+        tokenizer.chat_template = None  # the model knows nothing of its turns; export leaves it out, too
+    return model, tokenizer
+
+
+def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:
     """(model, tokenizer folder, default sequence length) of a run directory or a model folder."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a run directory or a model folder")
+    loading = loading or Loading()
     recipe = stored_recipe(source) if is_run_directory(str(source)) else None
     if recipe is not None:
-        own = source / "tokenizer"
-        return load_plain_model(source), own if own.exists() else Path(recipe.tokenizer), recipe.data.sequence_length
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source} is neither a run directory with a recipe.yaml and checkpoints, nor a model folder that "
-            f"transformers loads: {str(error).splitlines()[0]}"
-        ) from error
+        if loading.device_map in DEVICE_MAPS:
+            raise ValueError(
+                f"the device map {loading.device_map} needs a model folder, but {source} is a run directory: export it"
+            )
+        own, device = source / "tokenizer", loading.device()
+        model: Any = load_plain_model(source, DTYPES[loading.dtype] if loading.dtype else None)
+        return model.to(device), own if own.exists() else Path(recipe.tokenizer), recipe.data.sequence_length
+    model = load_model(source, loading)
     report = source / "export_report.json"
     recorded = json.loads(report.read_text(encoding="utf-8")).get("sequence_length") if report.exists() else None
     positions = getattr(model.config, "max_position_embeddings", LARGEST_DEFAULT_SEQUENCE_LENGTH)

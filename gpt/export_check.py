@@ -46,7 +46,9 @@ def expected_of(source: ExportSource, precision: Precision) -> dict[str, Any]:
     wider = precision == "fp32" and source.weights.precision != "fp32"
     chat = None
     if tokenizer.chat_template is not None:
-        chat = {"messages": SAMPLE_CHAT, "ids": tokenizer.apply_chat_template(SAMPLE_CHAT, return_dict=False)}
+        prompt = tokenizer.apply_chat_template(SAMPLE_CHAT[:-1], add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(SAMPLE_CHAT, return_dict=False)
+        chat = {"messages": SAMPLE_CHAT, "prompt_ids": prompt, "ids": ids}
     return {
         "training_dtype": source.weights.precision,
         "exported_dtype": precision,

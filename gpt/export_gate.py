@@ -332,13 +332,21 @@ def _check_tokenizer(
         if rendered != chat["ids"]:
             sentence = f"the folder's chat template gives {rendered[:8]}…, the run's {chat['ids'][:8]}…"
         checks.append(_check("chat_template", rendered == chat["ids"], sentence))
-    ends = _end_tokens(model)
-    equal = sorted(ends) == sorted(expected["end_tokens"])
-    sentence = f"generation stops at the tokens {ends}"
-    if not equal:
-        sentence += f", but the run's texts and turns end with {expected['end_tokens']}"
-    checks.append(_check("end_tokens", equal, sentence))
+    checks.append(_check_end_tokens(_end_tokens(model), expected))
     return checks
+
+
+def _check_end_tokens(ends: list[int], expected: dict[str, Any]) -> Check:
+    """Generation must stop at the run's end tokens, of which one must be in what the template puts behind an answer's
+    beginning: else a chat would never end."""
+    sentence, chat = f"generation stops at the tokens {ends}", expected["chat"]
+    if sorted(ends) != sorted(expected["end_tokens"]):
+        sentence += f", but the run's texts and turns end with {expected['end_tokens']}"
+        return _check("end_tokens", False, sentence)
+    turn = chat["ids"][len(chat["prompt_ids"]) :] if chat is not None else []
+    if turn and chat["ids"][: len(chat["prompt_ids"])] == chat["prompt_ids"] and not set(turn) & set(ends):
+        return _check("end_tokens", False, f"{sentence}, but an assistant's turn is {turn}: it would never end")
+    return _check("end_tokens", True, sentence)
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
-"""Reading a recipe file: YAML, overrides, all problems in one message, absolute paths."""
+"""Reading a recipe file, or another YAML file of sections: overrides, all problems in one message, absolute paths."""
 
 import difflib
 import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from gpt.recipe import Recipe, Section
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 """The checkout: shipped recipes and DeepSpeed files are found here from any working directory."""
 
+AnySection = TypeVar("AnySection", bound=Section)
 HUB_PREFIX = "hf://"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -49,24 +50,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return resolve_paths(parse_recipe(content, str(path)))
 
 
-def read_mapping(file: Path) -> dict[str, Any]:
-    """The keys and values of a recipe file, not yet checked. Raises ValueError when it is not YAML or no mapping."""
+def read_mapping(file: Path, kind: str = "recipe") -> dict[str, Any]:
+    """The keys and values of a YAML file, not yet checked. Raises ValueError when it is not YAML or no mapping."""
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{kind} {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"recipe {file} holds {type(content).__name__}, not a mapping of keys to values")
+        raise ValueError(f"{kind} {file} holds {type(content).__name__}, not a mapping of keys to values")
     return content
 
 
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     """Check a recipe's content; `where` names it in the error, which lists all problems."""
+    return parse_section(Recipe, content, f"recipe {where}")
+
+
+def parse_section(section: type[AnySection], content: dict[str, Any], what: str) -> AnySection:
+    """Check the content of a file whose keys are `section`'s; `what` begins the error, which lists all problems."""
     try:
-        return Recipe.model_validate(content)
+        return section.model_validate(content)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
-        raise ValueError(f"recipe {where}: " + "; ".join(dict.fromkeys(problems))) from None
+        problems = [_describe(problem, section) for problem in error.errors()]
+        raise ValueError(f"{what}: " + "; ".join(dict.fromkeys(problems))) from None
 
 
 def find_shipped_file(path: str) -> Path:
@@ -131,11 +137,11 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: the recipe has no place {key}") from None
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, root: type[Section]) -> str:
     """One of pydantic's problems in words; for an unknown key with the nearest known one."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = list(_section_at(problem["loc"][:-1]).model_fields)
+        known = list(_section_at(root, problem["loc"][:-1]).model_fields)
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {where}: {hint}"
@@ -147,9 +153,8 @@ def _describe(problem: Any) -> str:
     return f"{where}: {message}, got {problem['input']!r}"
 
 
-def _section_at(location: tuple[int | str, ...]) -> type[Section]:
-    """The section class that a location of pydantic's errors points into."""
-    section: type[Section] = Recipe
+def _section_at(section: type[Section], location: tuple[int | str, ...]) -> type[Section]:
+    """The section class that a location of pydantic's errors, from `section` on, points into."""
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
             inner = [t for t in _leaf_types(section.model_fields[part].annotation) if issubclass(t, Section)]

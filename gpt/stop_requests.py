@@ -19,6 +19,12 @@ REQUEST_NAME = "stop_requested"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def ends_at_once(number: int) -> bool:
+    """Whether a later signal ends a process without saving. In a Slurm job only Ctrl-C does: the warning, a preemption
+    and the time limit may follow each other, and what Slurm does not wait for, it kills."""
+    return number == signal.SIGINT or "SLURM_JOB_ID" not in os.environ
+
+
 class StopRequests:
     """Listens for this process.
 
@@ -46,7 +52,8 @@ class StopRequests:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [received.si_signo])
                 os.kill(os.getpid(), received.si_signo)
             now = time.monotonic()
-            if self._requested_at is not None and now - self._requested_at > SAME_REQUEST_SECONDS:
+            later = self._requested_at is not None and now - self._requested_at > SAME_REQUEST_SECONDS
+            if later and ends_at_once(received.si_signo):
                 os._exit(128 + received.si_signo)
             if self._requested_at is None:
                 self._requested_at = now

@@ -164,6 +164,8 @@ def main() -> NoReturn:
             (errors / f"rank_{rank}.stopped").write_text(str(stopped_at), encoding="utf-8")
         code = 0
     except (ValueError, OSError, SupersededError) as error:
+        if isinstance(error, SupersededError):
+            (errors / f"rank_{rank}.superseded").touch()
         (errors / f"rank_{rank}.txt").write_text(str(error), encoding="utf-8")
         (errors / f"rank_{rank}.details.txt").write_text(traceback.format_exc(), encoding="utf-8")
     except Exception:

@@ -27,6 +27,25 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
+ModelFolder = Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")]
+SamplingSeed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+AsChat = Annotated[
+    bool | None, typer.Option("--as-chat/--as-text", help="Default: chat where the folder has a chat template.")
+]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as the weights are stored.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="auto (GPUs, then host memory, then disk), sequential, or a device; default: auto with a GPU."),
+]
+HostMemory = Annotated[
+    float | None, typer.Option(help="With --device-map auto: host memory for weights, the rest stays on disk.")
+]
+OffloadFolder = Annotated[
+    Path | None, typer.Option(help="For weights on disk that cannot be read in place; default: a temporary folder.")
+]
 
 
 def main() -> None:
@@ -418,30 +437,48 @@ def why(
 @app.command()
 def evaluate(
     source: Annotated[Path, typer.Argument(help="Run directory or model folder.")],
-    data: Annotated[Path, typer.Option(help="Folder of token shards, or a text file.")],
-    sequences: Annotated[int | None, typer.Option(min=1, help="Only the first so many; default: all.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of token shards, or a text file.")] = None,
+    task: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Questions with right answers.")] = None,
+    lm_eval: Annotated[
+        Path | None, typer.Option(help="Task file of lm-evaluation-harness, or a folder of them (extra eval).")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="With --task: gets a line for each question.")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="With --data: only the first so many; default: all.")
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a window; default: the run's, which an export remembers.")
     ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of a text file.")] = "utf-8",
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    host_memory_gib: HostMemory = None,
+    offload_folder: OffloadFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Loss, perplexity, token accuracy and bits per byte of a run or of a model folder.
+    """How good a run or a model folder is on held-out text, on the questions of a task, or on the harness's tasks.
 
     Example: `trainyard evaluate runs/quickstart-pretrain --data data/shakespeare/validation --json`
     """
-    from gpt.evaluate import evaluate_path
+    if [data, task, lm_eval].count(None) != 2 or (predictions is not None and task is None):
+        raise typer.BadParameter("give one of --data, --task (which --predictions belongs to) and --lm-eval")
+    from gpt import evaluate as run
+    from gpt.generate import Loading
 
+    loading = Loading(dtype, device_map, host_memory_gib, offload_folder)
     with _answer(as_json) as answer:
         with _progress("evaluate", in_bytes=False) as progress:
-            result = evaluate_path(
-                source,
-                data,
-                sequences=sequences,
-                sequence_length=sequence_length,
-                text_encoding=encoding,
-                progress=progress,
-            )
+            if data is not None:
+                how: dict[str, Any] = {"sequences": sequences, "sequence_length": sequence_length}
+                result = run.evaluate_path(
+                    source, data, text_encoding=encoding, loading=loading, progress=progress, **how
+                )
+            elif task is not None:
+                result = run.evaluate_task(source, task, loading=loading, predictions=predictions, progress=progress)
+            elif lm_eval is not None:
+                result = run.evaluate_harness(source, lm_eval, loading=loading)
         answer(result)
         if not as_json:
             _print_values(result)
@@ -504,57 +541,74 @@ def export(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
-    prompt: Annotated[list[str], typer.Option(help="Text or question; may be repeated.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    as_chat: Annotated[
-        bool | None, typer.Option("--as-chat/--as-text", help="Default: chat where the folder has a chat template.")
+    model: ModelFolder,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text or question; may be repeated.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Instead: lines with prompt or messages, and maybe id.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="With --prompts: gets each line with its answer.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: lines answered at once.")] = 8,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = 0,
+    as_chat: AsChat = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    host_memory_gib: HostMemory = None,
+    offload_folder: OffloadFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue texts or answer questions.
+    """Continue texts or answer questions; a file of prompts in batches, which the same call goes on with after a kill.
 
     Example: `trainyard generate exports/quickstart-chat --prompt "What is AI?"`
     """
+    if (prompt is None) == (prompts is None) or (prompts is None) != (out is None):
+        raise typer.BadParameter("give either --prompt, or --prompts with --out")
+    from gpt.generate import Loading, Sampling
     from gpt.generate import generate as run_generate
+    from gpt.generate_file import generate_file
 
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    how: dict[str, Any] = {"loading": Loading(dtype, device_map, host_memory_gib, offload_folder), "as_chat": as_chat}
     with _answer(as_json) as answer:
-        answers = list(
-            run_generate(
-                model,
-                prompt,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                as_chat=as_chat,
-            )
-        )
-        answer(answers)
-        if not as_json:
-            for item in answers:
-                print(f"{item['prompt']}\n  {item['text']}{'' if item['ended'] else ' …'}")
+        if prompts is not None and out is not None:
+            with _progress("generate", in_bytes=False) as progress:
+                done = generate_file(
+                    model, prompts, out, sampling, system=system, batch_size=batch_size, progress=progress, **how
+                )
+            answer(done)
+            if not as_json:
+                _print_values(done)
+        else:
+            answer(run_generate(model, prompt or [], sampling, system=system, stream=not as_json, **how))
 
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
+    model: ModelFolder,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    host_memory_gib: HostMemory = None,
+    offload_folder: OffloadFolder = None,
 ) -> None:
     """Talk with a model in the terminal; /exit ends.
 
     Example: `trainyard chat exports/quickstart-chat`
     """
+    from gpt.generate import Loading, Sampling
     from gpt.generate import chat as run_chat
 
-    run_chat(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    loading = Loading(dtype, device_map, host_memory_gib, offload_folder)
+    run_chat(model, Sampling(max_new_tokens, temperature, top_p, seed), loading=loading, system=system)
 
 
 @app.command()

@@ -42,8 +42,12 @@ def worker_environment(processes: int) -> dict[str, str]:
         processes: worker processes on this host, at least 1.
     """
     settings = {name: value for name, value in _wanted(processes).items() if name not in os.environ}
-    chosen = [*os.environ.get(CHOSEN_VARIABLES, "").split(), *settings]  # network_environment's are set already
-    return settings | {CHOSEN_VARIABLES: " ".join(chosen)}
+    return _noted(settings)
+
+
+def _noted(settings: dict[str, str]) -> dict[str, str]:
+    """With the names of all that Trainyard has set so far, for environment.json."""
+    return settings | {CHOSEN_VARIABLES: " ".join([*os.environ.get(CHOSEN_VARIABLES, "").split(), *settings])}
 
 
 def own_settings(processes: int) -> list[str]:
@@ -89,8 +93,7 @@ def network_environment(interface: str | None, own_address: str) -> dict[str, st
         settings["GLOO_SOCKET_IFNAME"] = interface
         # NCCL takes the first interface that it finds; "=": this one, not all whose names begin so
         settings["NCCL_SOCKET_IFNAME"] = f"={interface}"
-    settings = {variable: value for variable, value in settings.items() if variable not in os.environ}
-    return settings | {CHOSEN_VARIABLES: " ".join(settings)}
+    return _noted({variable: value for variable, value in settings.items() if variable not in os.environ})
 
 
 def cuda_devices() -> int:

@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gpt.heartbeat import read_beats
 from gpt.run_directory import SupersededError, claimed_from, host_label, newest_generation
-from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS
+from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS, ends_at_once
 from launch import environment
 from launch.hosts import HostSigns, Route, find_route
 from launch.log_folder import log_directory, record_outcome
@@ -132,8 +132,8 @@ class _Outcome:
 
     exit_code: int
     details: dict[str, Any] = field(default_factory=dict)
-    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, exception, killed, exit or hang) and
-    as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, and the `file` of the traceback."""
+    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, superseded, exception, killed, exit,
+    hang) and as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, `file` of a traceback."""
     may_start_again: bool = False
     """Whether another start may help."""
 
@@ -318,7 +318,7 @@ def _stop_signals() -> Iterator[_Stop]:
                 file=sys.stderr,
                 flush=True,
             )
-        elif time.monotonic() - first > SAME_REQUEST_SECONDS:
+        elif time.monotonic() - first > SAME_REQUEST_SECONDS and ends_at_once(number):
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_IGN)  # a third one must not interrupt the end and leave workers behind
             raise SignalException(f"received {received[-1].name}", signal.SIGTERM)
@@ -357,7 +357,8 @@ def _explain(
         return _Outcome(HANG_EXIT_CODE, found, may_start_again=True), [place, f"trainyard: error: {hang}"]
     refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(logs.glob("rank_*[0-9].txt"))]
     if refusals := list(dict.fromkeys(refusals)):
-        found = {"failure": "refused", "reason": "; ".join(refusals)}
+        failure = "superseded" if any(logs.glob("rank_*.superseded")) else "refused"
+        found = {"failure": failure, "reason": "; ".join(refusals)}
         return _Outcome(1, found), [f"trainyard: error: {sentence}" for sentence in refusals]
     tracebacks = {_rank_of(file): file for file in logs.glob("rank_*.traceback.txt")}
     sigkill, out_of_memory = explain_sigkill(oom_kills_before, oom_kills())

@@ -31,7 +31,10 @@ class JobRecord:
     @property
     def state(self) -> str | None:
         """PENDING, RUNNING, TIMEOUT, PREEMPTED, NODE_FAIL, OUT_OF_MEMORY, CANCELLED, COMPLETED, FAILED, …"""
-        return (self.now or self.ended).get("JobState")
+        if self.now:
+            return self.now.get("JobState")
+        kept = self.ended.get("JobState")  # written by the job itself, which mostly still ran then
+        return None if kept in ("RUNNING", "COMPLETING") else kept
 
     @property
     def is_waiting(self) -> bool:
@@ -51,11 +54,10 @@ class JobRecord:
 
     def describe(self) -> str:
         """One line."""
-        if self.state is None:
-            return "Slurm does not know it (any more), or is not here"
         reason = self.now.get("Reason", "None")
-        fields = self.now or self.ended
-        parts = [f"{self.state}"] + [f"reason {reason}"] * (reason not in ("None", ""))
+        fields = self.now or self.ended or self.started
+        parts = [self.state or "Slurm does not know it any more, or is not here"]
+        parts += [f"reason {reason}"] if reason not in ("None", "") else []
         if self.is_waiting and fields.get("StartTime", "Unknown") != "Unknown":
             parts.append(f"expected to start {fields['StartTime']}")
         shown = {"Restarts": "restarts", "NodeList": "on", "RunTime": "run time", "TimeLimit": "time limit"}

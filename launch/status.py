@@ -43,6 +43,8 @@ def judge(facts: RunFacts) -> State:
     if facts.job is not None and facts.job.is_waiting:
         last = f"; before, {outcome['reason']}" if outcome else ""
         return State("waiting", f"job {facts.job.job} is {facts.job.describe()}{last}", outcome)
+    if _job_starts(facts, outcome):
+        return State("starting", f"its job runs, no rank has claimed the run yet: {facts.job and facts.job.describe()}")
     if not facts.beats and facts.is_here and is_running(facts.claim["pid"], facts.claim["time"]):
         return State("starting", "its first rank has claimed the run")
     if facts.launching is not None and (outcome is None or facts.launching not in str(outcome.get("file"))):
@@ -54,8 +56,6 @@ def judge(facts: RunFacts) -> State:
         return State("stopped" if outcome["event"] == "stopped" else "failed", outcome["reason"], outcome)
     if not facts.generation:
         job = facts.job
-        if job is not None and job.state == "RUNNING":
-            return State("starting", f"job {job.job} runs, no rank has claimed the run yet")
         if job is not None and job.has_ended:
             return State("failed", f"job {job.job} ended before a rank claimed the run: {job.describe()}")
         return State("not started", "no start has claimed the run directory")
@@ -63,6 +63,17 @@ def judge(facts: RunFacts) -> State:
     host = facts.claim["host"]
     how = "its processes are gone" if facts.is_here else f"no sign of life from {host}"
     return State("dead", f"{how}, nothing says why; the last sign was {duration(silent)} ago")
+
+
+def _job_starts(facts: RunFacts, outcome: Event | None) -> bool:
+    """Whether a Slurm job has begun after all that is known of the run's ranks."""
+    if facts.job is None or facts.job.state not in ("RUNNING", "CONFIGURING"):
+        return False
+    begun = facts.last("job started", "job ended")
+    if begun is None:
+        return not facts.generation
+    last = max(outcome["time"] if outcome else 0.0, facts.claim.get("time", 0.0))
+    return begun["event"] == "job started" and begun["time"] > last
 
 
 def _judge_living(facts: RunFacts, alive: list[Beat]) -> State:
@@ -90,14 +101,14 @@ def newest_outcome(facts: RunFacts) -> Event | None:
     since = facts.claim.get("time", 0.0)
     restart = facts.last("restart")
     since = max(since, restart["time"]) if restart is not None else since
-    found = [outcome for outcome in facts.outcomes if outcome["time"] >= since]
+    found = [o for o in facts.outcomes if o["time"] >= since and o.get("failure") != "superseded"]
     unclaimed = [o for o in found if o["generation"] is None and o.get("failure") == "refused"]
     refused = [outcome for outcome in unclaimed if outcome["time"] > (facts.last_sign or 0.0)]
     # a rank whose peer on another host has died fails, too, in other words
     order = {"killed": 0, "exit": 1, "exception": 2}
     first = sorted(
         (outcome for outcome in found if outcome not in unclaimed),
-        key=lambda outcome: (order.get(outcome.get("failure", ""), 3), outcome["time"]),
+        key=lambda o: (order.get(o.get("failure", ""), 3), o["generation"] is None, o["time"]),
     )
     return refused[-1] if refused else first[0] if first else None
 
@@ -217,7 +228,7 @@ def _rank(beat: Beat, facts: RunFacts) -> dict[str, Any]:
 def _remarks(facts: RunFacts, state: State) -> list[str]:
     """Ranks that are slow, silent or behind, clocks that differ, a start that was refused while the run lives."""
     remarks = []
-    if state.name in RUNNING_STATES:
+    if any(is_alive(beat, facts) for beat in facts.beats):
         for rank in (_rank(beat, facts) for beat in facts.beats):
             name = f"rank {rank['rank']} on {rank['host']}"
             if rank["silent_seconds"] > facts.claim.get("stale_seconds", 60.0) / 2 or not rank["alive"]:
@@ -295,9 +306,8 @@ def describe_sweep(rows: list[dict[str, Any]]) -> list[str]:
 def _describe_trend(trend: dict[str, Any] | None) -> str:
     if trend is None:
         return ""
-    return (
-        f"; {trend['word']}: mean {trend['mean']:.4f} of the last {trend['steps']} steps, before {trend['before']:.4f}"
-    )
+    mean, before, steps = (trend[key] for key in ("mean", "before", "steps"))
+    return f"; {trend['word']}: mean {mean:.4f} of the last {steps} steps, {before:.4f} of those before"
 
 
 def _span(seconds: list[float]) -> str:

@@ -1,6 +1,7 @@
 """`trainyard why`: why a run died, or that it did not, with the evidence and what to do next."""
 
 import re
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,8 @@ from launch.run_facts import Event, RunFacts, read_facts
 from launch.status import State, clock, duration, is_alive, judge
 
 TRACEBACK_LINES = 4
+SPARE_BYTES = 16 * 2**20
+"""With less nothing can be counted on to be written: the saver does not begin a save then."""
 LIMIT_SECONDS = 90.0
 """A last sign so shortly before the time limit, or later, means that the limit ended the job."""
 GO_ON = "give the same command again: the run goes on from its newest checkpoint"
@@ -56,8 +59,10 @@ def explain(run: Path) -> dict[str, Any]:
     }
     found = judges.get(state.name, _alive)(facts, state)
     remarks = [{"file": "", "says": problem} for problem in facts.problems]
-    evidence = [*found.evidence, *_history(facts), *_job(facts), *remarks]
-    return {"run": str(run), "state": state.name, **asdict(found), "evidence": evidence}
+    history = [item for item in _history(facts) if item not in found.evidence]
+    evidence = [*found.evidence, *history, *_job(facts), *remarks]
+    answer = {"run": str(run), "state": state.name, **asdict(found), "evidence": evidence}
+    return answer | {"headline": re.sub(r"([.?!])\.$", r"\1", found.headline)}  # of a reason that is a sentence
 
 
 def describe(found: dict[str, Any]) -> list[str]:
@@ -86,7 +91,10 @@ def _stopped(facts: RunFacts, state: State) -> Explanation:
     signals = ", ".join(outcome.get("signals") or [])
     asked = f"by {signals} to its launcher" if signals else "by a signal to a rank, or by its job"
     headline = f"It did not die: asked to stop {asked}, it saved and left ({state.reason})."
-    return Explanation("stopped", headline, GO_ON, [_said(outcome)])
+    decided = facts.last("job started", "job ended") or {}
+    requeued = decided.get("decision") == "go on"
+    todo = "nothing, where its job requeues itself or is one of a chain: see squeue; else submit the run again"
+    return Explanation("stopped", headline, todo if requeued else GO_ON, [_said(outcome)])
 
 
 def _hung(facts: RunFacts, state: State) -> Explanation:
@@ -141,14 +149,11 @@ def _refused(facts: RunFacts, outcome: Event) -> Explanation:
         evidence += [_said(event) for event in [*rollbacks, newest or {}]]
         todo = "lower optimizer.learning_rate, lengthen warmup_steps, look at the samples that the rollbacks left out"
         return Explanation("diverged", f"It diverged and stopped itself: {reason}.", todo, evidence)
-    if what == "checkpoint failed":
+    if what == "checkpoint failed" or "could not be written" in reason:
         evidence += [_said(event) for event in facts.events if event["event"] == "checkpoint failed"][-3:]
         return Explanation(
             "disk", f"Its checkpoints could not be written: {reason}.", f"make room, then {GO_ON}", evidence
         )
-    if "was taken over by start" in reason:
-        todo = "nothing: the later start is the run now; `trainyard status` shows it"
-        return Explanation("superseded", f"A later start took its place: {reason}.", todo, evidence)
     if reason.startswith("no checkpoint in"):
         todo = f"`trainyard verify {facts.directory}` names the damaged files; bring back a copy of one checkpoint"
         return Explanation("damaged checkpoints", f"No checkpoint can be loaded: {reason}.", todo, evidence)
@@ -216,6 +221,10 @@ def _dead(facts: RunFacts, state: State) -> Explanation:
         headline = f"Its host was started anew at {clock(psutil.boot_time())}, after the run's last sign."
         return Explanation("host restarted", headline, GO_ON, evidence)
     ago = duration(facts.now - last)
+    if (free := shutil.disk_usage(facts.directory).free) < SPARE_BYTES:
+        evidence.append({"file": "", "says": f"the file system of the run has {free:,} bytes left"})
+        headline = f"It died without a word {ago} ago, and its disk is full: there was no room to say why."
+        return Explanation("disk", headline, f"make room, then {GO_ON}", evidence)
     if facts.is_here:
         headline = (
             f"It died without a word {ago} ago: launcher and ranks are gone and none wrote why, as after a SIGKILL of "
@@ -231,7 +240,7 @@ def _dead(facts: RunFacts, state: State) -> Explanation:
 def _said(event: Event) -> dict[str, str]:
     """An event, or what a launcher left beside its logs, as evidence."""
     file = "events.jsonl" if event.get("generation") is not None else f"{event.get('file', 'logs')}/outcome.json"
-    skipped = ("time", "event", "generation", "reason", "failure", "file")
+    skipped = ("time", "event", "generation", "reason", "failure", "file", "recipe", "began", "checkpoint_step")
     details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in skipped and v not in (None, []))
     parts = [event.get("event", ""), str(event.get("reason") or ""), details]
     return {"file": file, "says": f"{clock(event.get('time', 0.0))} " + "; ".join(part for part in parts if part)}
@@ -271,9 +280,10 @@ def _heartbeats(facts: RunFacts) -> list[dict[str, str]]:
 
 
 def _history(facts: RunFacts) -> list[dict[str, str]]:
-    """Restarts, and what the job script decided."""
+    """Restarts, what the job script decided, and a start whose place the newest one has taken."""
     found = [event for event in facts.events if event["event"] in ("restart", "job ended")]
-    return [_said(event) for event in found[-3:]]
+    superseded = [outcome for outcome in facts.outcomes if outcome.get("failure") == "superseded"]
+    return [_said(event) for event in [*found[-3:], *superseded[-1:]]]
 
 
 def _job(facts: RunFacts) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gpt.checkpoint.files import FragmentFile, VerifiedFile
 from gpt.checkpoint.format import (
+    MANIFEST_NAME,
     DamagedFileError,
     Manifest,
     Precision,
@@ -175,6 +176,12 @@ def open_checkpoint(run: Path, step: int | None = None) -> CheckpointReader:
         raise ValueError(f"{run} has no committed checkpoint; train until one is written.")
     if step is not None and step not in steps:
         raise ValueError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+    newest = list_step_folders(run)[-1]
+    if step is None and newest != steps[-1]:
+        raise DamagedFileError(
+            f"{checkpoint_directory(run, newest)}, the newest checkpoint, has lost its {MANIFEST_NAME}; choose the "
+            f"step of another ({', '.join(map(str, steps))}), or remove that folder."
+        )
     return CheckpointReader(checkpoint_directory(run, steps[-1] if step is None else step))
 
 

@@ -11,6 +11,7 @@ import pytest
 from live_runs import Live, Runs
 
 from gpt.heartbeat import _COLLECTIVE, STRAGGLER_RATIO, STRAGGLER_STEPS
+from launch import status, why
 
 HANG_SECONDS = 8.0
 LONG = {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 100_000, "seed": 3}
@@ -49,6 +50,9 @@ def test_a_stopped_rank_is_named_and_all_are_ended(runs: Runs) -> None:
     assert not any(process.is_running() for process in ranks.values())
     failed = [event for event in runs.events("hangs") if event["event"] == "failed"]
     assert [event["reason"] for event in failed] == [last.partition("error: ")[2]]
+    found = why.explain(live.directory)
+    assert (found["state"], found["cause"]) == ("failed", "hang") and "rank 1 on" in found["headline"]
+    assert any("its process is stopped" in item["says"] for item in found["evidence"])
 
 
 @pytest.mark.full
@@ -96,3 +100,4 @@ def test_a_slow_rank_is_named(runs: Runs) -> None:
     print(f"noticed after {steps} steps: {event}")
     assert event["rank"] == 1 and event["host"] == socket.gethostname() and event["ratio"] >= STRAGGLER_RATIO
     assert steps <= 2 * STRAGGLER_STEPS + 1
+    assert any("rank 1 on" in remark and "was slow" in remark for remark in status.report(live.directory)["remarks"])

@@ -1,5 +1,6 @@
 """A start that was thought dead goes on after another one has taken its run directory over: it writes nothing."""
 
+import json
 import time
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import xxhash
 from live_runs import Live, Runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch import why
 
 STALE_SECONDS = 30.0
 
@@ -40,6 +43,7 @@ def test_a_stopped_start_that_goes_on_writes_nothing(runs: Runs) -> None:
     new.wait_until(lambda: "resumed at step" in new.log.read_text() and new.last_step() > reached + 12)
     psutil.Process(new.process.pid).terminate()
     assert new.process.wait(timeout=60) == 85
+    assert why.explain(new.directory)["cause"] == "stopped"
     before = content(new.directory)
     for process in reversed(processes(old)):
         process.resume()
@@ -47,6 +51,8 @@ def test_a_stopped_start_that_goes_on_writes_nothing(runs: Runs) -> None:
     assert old.process.wait(timeout=60) == 1
     print(f"the old start ended {time.monotonic() - continued_at:.1f} s after it went on")
     assert content(new.directory) == before
+    found = why.explain(new.directory)
+    assert found["state"] == "stopped" and "was taken over by start 2" in json.dumps(found["evidence"])
     assert "was taken over by start 2; this is start 1: stopping without writing" in old.log.read_text()
     last = len(runs.metrics("shared"))
     board = EventAccumulator(str(new.directory / "tensorboard"), size_guidance={"scalars": 0}).Reload()

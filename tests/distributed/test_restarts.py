@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 from live_runs import Runs, comparable
 
+from launch import status, why
+
 
 def test_a_killed_group_goes_on_by_itself(reference: Runs) -> None:
     before = set(os.listdir("/dev/shm"))
     live = reference.start("restarted")
     live.wait_until(lambda: live.last_step() > 10 and live.has_checkpoint(10))
     first = live.ranks()
+    report = status.report(live.directory)
+    assert (report["state"], report["total_steps"], report["checkpoint"]["step"]) == ("running", 20, 10)
+    assert report["tokens_per_second"] > 0 and report["eta_seconds"] > 0 and report["loss"] > 0
     first[1].kill()
     killed_at = time.monotonic()
     live.wait_until(lambda: "restart 1 of at most 2" in live.log.read_text())
@@ -22,6 +27,7 @@ def test_a_killed_group_goes_on_by_itself(reference: Runs) -> None:
     print(f"the killed rank's group was gone after {seconds:.1f} s")
     assert seconds < 5
     assert not first[0].is_running()
+    assert status.report(live.directory)["state"] == "starting"
     assert set(os.listdir("/dev/shm")) == before
     assert live.process.wait(timeout=180) == 0, live.log.read_text()
     assert comparable(reference.metrics("restarted")) == comparable(reference.metrics("reference"))
@@ -31,6 +37,10 @@ def test_a_killed_group_goes_on_by_itself(reference: Runs) -> None:
     assert events[-1]["event"] == "end" and [event["event"] for event in events].count("failed") == 1
     restarts = [reference.metrics("restarted")[step]["run/restarts"] for step in (1, 10, 20)]
     assert restarts == [0, 0, 1]
+    report = status.report(live.directory)
+    assert (report["state"], report["step"], report["starts"], report["checkpoint"]["step"]) == ("finished", 20, 2, 20)
+    assert [restart["reason"] for restart in report["restarts"]] == [reason]
+    assert why.explain(live.directory)["cause"] == "finished"
 
 
 @pytest.mark.full
@@ -55,6 +65,9 @@ def test_a_crash_that_comes_again_is_given_up(runs: Runs) -> None:
     assert live.process.wait(timeout=60) == 86
     assert re.search(r"rank 0 \(process \d+ on \S+\) was killed by SIGKILL[^\n]*\n\Z", live.log.read_text())
     assert [event["event"] for event in runs.events("crashing") if event["event"] != "start"][-1] == "failed"
+    found = why.explain(live.directory)
+    assert (found["state"], found["cause"]) == ("failed", "killed"), "memory had not run out"
+    assert "rank 0 (process" in found["headline"]
 
 
 @pytest.mark.full
@@ -82,5 +95,7 @@ def test_nothing_is_left_of_a_run_that_is_killed_whole(runs: Runs) -> None:
     while any(process.is_running() for process in ranks.values()):
         assert time.monotonic() < deadline, "ranks live on without their launcher"
         time.sleep(0.05)
+    found = why.explain(live.directory)
+    assert (found["state"], found["cause"]) == ("dead", "died without a word")
     assert set(os.listdir("/dev/shm")) == before
     assert set(Path("/tmp").glob("torchelastic*")) == folders

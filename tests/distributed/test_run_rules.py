@@ -2,6 +2,8 @@
 
 from live_runs import Runs
 
+from launch import status, why
+
 
 def test_second_start_is_refused_while_the_first_is_alive(runs: Runs) -> None:
     long = {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 100_000, "seed": 3}
@@ -13,11 +15,15 @@ def test_second_start_is_refused_while_the_first_is_alive(runs: Runs) -> None:
         assert second.returncode == 1
         assert "is in use" in second.stderr and "process" in second.stderr
         assert "Traceback" not in second.stderr
+        report = status.report(live.directory)
+        assert report["state"] == "running" and "another start was refused" in report["remarks"][0]
         reached = live.last_step()
         live.wait_until(lambda: live.last_step() > reached + 2)
         assert (live.directory / "recipe.yaml").read_bytes() == before
     finally:
         live.kill()
+    found = why.explain(live.directory)
+    assert (found["state"], found["cause"]) == ("dead", "died without a word")
 
 
 def test_fixed_field_is_refused_and_fork_starts_from_the_weights(reference: Runs) -> None:
@@ -57,3 +63,5 @@ def test_lost_weights_stop_the_run_and_are_not_saved(runs: Runs) -> None:
     assert "step 11: 10 steps in a row had a loss or gradient that is not finite" in refused.stderr
     assert "no checkpoint to go back to" in refused.stderr and "Traceback" not in refused.stderr
     assert not list((runs.directory("diverged") / "checkpoints").iterdir())
+    found = why.explain(runs.directory("diverged"))
+    assert (found["state"], found["cause"]) == ("failed", "diverged")

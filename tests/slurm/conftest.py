@@ -1,15 +1,19 @@
-"""A real Slurm for the tests: one mini cluster of three nodes, shared by all of them, in a folder of its own."""
+"""A real Slurm for the tests: one mini cluster, shared by all of them, in a folder of its own."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-MINI_CLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "mini_cluster.sh"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+
+from live_runs import PLAYS, trainyard
+from slurm_runs import MINI_CLUSTER, NODES, SlurmRuns
 
 
 @pytest.fixture(scope="session")
@@ -20,17 +24,41 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if missing:
         pytest.skip(f"there is no Slurm here ({', '.join(missing)} missing): apt-get install slurm-wlm munge")
     folder = tmp_path_factory.mktemp("cluster")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
-    environment["TRAINYARD_MINI_CLUSTER"] = str(folder)
-    up = subprocess.run(
-        ["bash", str(MINI_CLUSTER), "up", "--nodes", "3"], env=environment, capture_output=True, text=True, timeout=120
-    )
-    try:
-        assert up.returncode == 0, up.stderr
-        found = re.search(r"SLURM_CONF=(\S+)", up.stdout)
-        assert found, up.stdout
-        with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+            patch.delenv(name)
+        patch.setenv("TRAINYARD_MINI_CLUSTER", str(folder))
+        up = subprocess.run([MINI_CLUSTER, "up", "--nodes", str(NODES)], capture_output=True, text=True, timeout=120)
+        if "belongs to a Slurm cluster" in up.stderr:
+            pytest.skip(up.stderr.strip())
+        try:
+            assert up.returncode == 0, up.stderr
+            found = re.search(r"SLURM_CONF=(\S+)", up.stdout)
+            assert found, up.stdout
             patch.setenv("SLURM_CONF", found.group(1))
             yield folder
-    finally:
-        subprocess.run(["bash", str(MINI_CLUSTER), "down"], env=environment, check=True, timeout=60)
+        finally:
+            subprocess.run([MINI_CLUSTER, "down"], check=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def runs(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> SlurmRuns:
+    """Runs on the cluster, of one play that is prepared for training and a part of another for validation."""
+    folder = tmp_path_factory.mktemp("slurm-runs")
+    lines = (PLAYS / "train" / "hamlet.txt").read_text(encoding="utf-8")
+    (folder / "train.txt").write_text(lines[:60_000], encoding="utf-8")
+    (folder / "validation.txt").write_text(lines[60_000:70_000], encoding="utf-8")
+    trainyard(
+        *("prepare", "--input", "train.txt", "--validation-input", "validation.txt"),
+        *("--train-tokenizer", "600", "--out", "data"),
+        cwd=folder,
+    )
+    return SlurmRuns(folder)
+
+
+@pytest.fixture(scope="session")
+def reference(runs: SlurmRuns) -> SlurmRuns:
+    """The uninterrupted run `reference` on two nodes of one process."""
+    job = runs.submit("reference", "--nodes", "2", "--processes-per-node", "1")
+    runs.wait_end("reference", job)
+    return runs

@@ -1,4 +1,4 @@
-"""The recipe reference of README.md, made from the docstrings of `gpt.recipe`.
+"""The references of README.md, made from the docstrings: of the recipe, and of each kind of task.
 
 `python tests/unit/recipe_reference.py` prints the Markdown; `--write` replaces the section of README.md by it.
 """
@@ -15,40 +15,44 @@ from pydantic.fields import FieldInfo
 
 from gpt.recipe import Recipe, Section
 from gpt.recipe_file import PROJECT_ROOT
+from gpt.task import KINDS
 
-BEGIN = "<!-- recipe reference: written by `python tests/unit/recipe_reference.py --write` -->"
-END = "<!-- end of the recipe reference -->"
+BEGIN = "<!-- {} reference: written by `python tests/unit/recipe_reference.py --write` -->"
+END = "<!-- end of the {} reference -->"
+ROOTS: dict[str, type[Section]] = {"recipe": Recipe, **KINDS}
+"""What the references are of, by the name in their markers."""
 TYPE_NAMES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", dict: "mapping"}
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 """Attributes of the constraints that pydantic keeps in a field's metadata."""
 
 
-def reference() -> str:
-    """The reference as Markdown: one table row for each field, in the order of the recipe.
+def reference(name: str = "recipe") -> str:
+    """The reference as Markdown: one table row for each field, in the order of the file.
 
     Raises:
         ValueError: fields without a docstring, all of them named.
     """
-    fields = list(_fields(Recipe))
+    fields = list(_fields(ROOTS[name]))
     if undocumented := [path for path, field in fields if not field.description]:
-        raise ValueError(f"recipe fields without a docstring: {', '.join(undocumented)}; write one below each")
+        raise ValueError(f"{name} fields without a docstring: {', '.join(undocumented)}; write one below each")
     rows = [
         f"| `{path}` | {_values(field)} | {_default(field)} | {_cell(field.description)} |" for path, field in fields
     ]
     return "\n".join(["| field | values | default | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
-def replace_section(text: str, section: str) -> str:
-    """`text` with what stands between the two markers replaced.
+def replace_section(text: str, section: str, name: str = "recipe") -> str:
+    """`text` with what stands between the two markers of `name` replaced.
 
     Raises:
         ValueError: the markers do not stand in `text` once each, the first one first.
     """
-    before, found_begin, rest = text.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not (found_begin and found_end) or text.count(BEGIN) + text.count(END) != 2:
-        raise ValueError(f"the text must hold the lines {BEGIN} and {END} once each, in this order: put them back")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+    begin, end = BEGIN.format(name), END.format(name)
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end) or text.count(begin) + text.count(end) != 2:
+        raise ValueError(f"the text must hold the lines {begin} and {end} once each, in this order: put them back")
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -86,11 +90,11 @@ def _values(field: FieldInfo) -> str:
         else:
             name = TYPE_NAMES[typing.get_origin(kind) or kind]
             names.append(" ".join([name, ", ".join(dict.fromkeys(bounds))]).strip())
-    values = " or ".join(names)
+    values = " or ".join(dict.fromkeys(names))
     if typing.get_origin(field.annotation) is not list:
         return values
     least, most = (_first(field.metadata, name) for name in ("min_length", "max_length"))
-    count = least if least == most else f"{least or 0} {f'to {most}' if most else 'or more'}"
+    count = least if least is not None and least == most else f"{least or 0} {f'to {most}' if most else 'or more'}"
     return f"list of {count}: {values}"
 
 
@@ -133,14 +137,17 @@ def _cell(text: str | None) -> str:
 
 
 def main() -> None:
-    """Print the reference, or write it into README.md."""
-    parser = argparse.ArgumentParser(description="The recipe reference, from the docstrings of gpt/recipe.py.")
-    parser.add_argument("--write", action="store_true", help="replace the section of README.md")
+    """Print the references, or write them into README.md."""
+    parser = argparse.ArgumentParser(description="The references, from the docstrings of gpt/recipe.py and gpt/task.py")
+    parser.add_argument("--write", action="store_true", help="replace the sections of README.md")
     if not parser.parse_args().write:
-        print(reference())
+        print("\n\n".join(map(reference, ROOTS)))
         return
     file = PROJECT_ROOT / "README.md"
-    file.write_text(replace_section(file.read_text(encoding="utf-8"), reference()), encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    for name in ROOTS:
+        text = replace_section(text, reference(name), name)
+    file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

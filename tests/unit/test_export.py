@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -89,6 +90,10 @@ def test_other_dtypes_are_checked_in_the_training_dtype(tmp_path: Path) -> None:
     assert masters["passed"] and masters["difference"] == 0
     stored = load_file(tmp_path / "masters" / "model.safetensors")
     assert all(torch.equal(stored[name], parameter) for name, parameter in model.named_parameters())
+    rounded = {name: values.to(torch.bfloat16).float() for name, values in stored.items()}
+    save_file(rounded, tmp_path / "masters" / "model.safetensors", metadata={"format": "pt"})
+    expected = expected_of(source_of_run(tmp_path / "run"), "fp32")
+    assert failed_checks(tmp_path / "masters", expected) == {"masters"}, "right in bf16, not in fp32"
     write_checkpoint(tmp_path / "run32", model, precision="fp32")
     export_run(tmp_path / "run32", tmp_path / "rounded", dtype="bf16")
     report = report_of(tmp_path / "rounded")
@@ -288,6 +293,10 @@ def test_tampered_texts_fail_the_gate(tmp_path: Path, good_export: tuple[Path, d
         return failed_checks(tmp_path / name, expected)
 
     assert tampered("end", "generation_config.json", "259", "258") == {"end_tokens"}
+    both = expected | {"tokenizer": expected["tokenizer"] | {"end_tokens": [256]}}
+    text = (tmp_path / "end" / "generation_config.json").read_text()
+    (tmp_path / "end" / "generation_config.json").write_text(re.sub(r"\[[^]]*\]", "256", text))
+    assert failed_checks(tmp_path / "end", both) == {"end_tokens"}, "an answer's end, though export forgot it, too"
     assert tampered("template", "chat_template.jinja", "<|im_start|>", "<|im_end|>") == {"chat_template"}
     assert tampered("tokenizer", "tokenizer.json", '"r": 81', '"r": 0') == {"tokenizer", "chat_template"}
     (tmp_path / "template" / "chat_template.jinja").unlink()
@@ -343,13 +352,22 @@ def test_refusals_before_anything_is_written(tmp_path: Path, monkeypatch: pytest
     run = tmp_path / "run"
     with pytest.raises(FileNotFoundError, match="run is not a run directory"):
         export_run(run, tmp_path / "out")
-    (run / "checkpoints").mkdir(parents=True)
+    interrupted = run / "checkpoints" / ".tmp-step_00000010-g000001"
+    interrupted.mkdir(parents=True)
+    (interrupted / "rank_00000.safetensors").write_bytes(b"the first half")
     with pytest.raises(ValueError, match="has no committed checkpoint"):
         export_run(run, tmp_path / "out")
     for step in (5, 10):
         directory = write_checkpoint(run, make_model(), step=step)
     with pytest.raises(ValueError, match="has no checkpoint of step 7; there are 5, 10"):
         export_run(run, tmp_path / "out", step=7)
+    lost = run / "checkpoints" / "step_00000015"
+    lost.mkdir()
+    with pytest.raises(
+        ValueError, match=r"step_00000015, the newest checkpoint, has lost its manifest\.json; .* \(5, 10\)"
+    ):
+        export_run(run, tmp_path / "out")
+    lost.rmdir()
     with pytest.raises(ValueError, match="licence 'Apache 2' is no identifier of the hub"):
         export_run(run, tmp_path / "out", licence="Apache 2")
     (tmp_path / "full").mkdir()

@@ -14,7 +14,8 @@ import typer.main
 import yaml
 
 from gpt.recipe import Recipe, Section
-from gpt.recipe_file import parse_recipe
+from gpt.recipe_file import parse_recipe, parse_section
+from gpt.task import MultipleChoice
 from launch.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +48,9 @@ def tracked_files() -> list[str]:
 # recipe reference
 
 
-def test_recipe_reference_is_up_to_date() -> None:
-    assert recipe_reference.replace_section(README, recipe_reference.reference()) == README, (
+@pytest.mark.parametrize("name", recipe_reference.ROOTS)
+def test_the_references_are_up_to_date(name: str) -> None:
+    assert recipe_reference.replace_section(README, recipe_reference.reference(name), name) == README, (
         "run: python tests/unit/recipe_reference.py --write"
     )
 
@@ -80,13 +82,13 @@ def test_a_field_without_a_docstring_is_refused(monkeypatch: pytest.MonkeyPatch)
         """This one is."""
         silent: int = 1
 
-    monkeypatch.setattr(recipe_reference, "Recipe", Undocumented)
+    monkeypatch.setitem(recipe_reference.ROOTS, "recipe", Undocumented)
     with pytest.raises(ValueError, match="without a docstring: silent;"):
         recipe_reference.reference()
 
 
 def test_a_text_without_markers_is_refused() -> None:
-    begin, end = recipe_reference.BEGIN, recipe_reference.END
+    begin, end = recipe_reference.BEGIN.format("recipe"), recipe_reference.END.format("recipe")
     assert recipe_reference.replace_section(f"a\n{begin}\nold\n{end}\nb", "new") == f"a\n{begin}\nnew\n{end}\nb"
     for text in (begin, end, f"{end}\n{begin}", f"{begin}{end}{end}"):
         with pytest.raises(ValueError, match="once each"):
@@ -94,6 +96,12 @@ def test_a_text_without_markers_is_refused() -> None:
 
 
 # the worked example
+
+
+def test_the_task_of_the_example_is_valid() -> None:
+    [block] = code_blocks(section("Answers and scores"), "yaml")
+    task = parse_section(MultipleChoice, yaml.safe_load(block), "of README.md")
+    assert task.prompt == "Question: {question}\nAnswer:"
 
 
 def test_the_recipe_of_the_example_is_valid() -> None:

@@ -13,7 +13,7 @@ from small_checkpoint import make_model, make_tokenizer
 from transformers import GenerationConfig
 
 from gpt import serve as module
-from gpt.generate import generate, load
+from gpt.generate import Sampling, generate, load
 from gpt.serve import serve
 from gpt.served_app import build_app
 from launch.cli import main
@@ -60,7 +60,7 @@ def question(text: str) -> list[dict[str, str]]:
 
 
 def test_answers_are_those_of_generate(client: openai.OpenAI, folder: Path) -> None:
-    expected = generate(folder, ["Who?"], max_new_tokens=12)[0]
+    expected = generate(folder, ["Who?"], Sampling(12))[0]
     asked = {"model": "tiny", "messages": question("Who?"), "max_tokens": 12, "temperature": 0}
     answer = client.chat.completions.create(**asked)
     assert answer.choices[0].message.content.rstrip("�") == expected["text"]
@@ -70,7 +70,7 @@ def test_answers_are_those_of_generate(client: openai.OpenAI, folder: Path) -> N
     assert len([part for part in parts if part.choices[0].delta.content]) > 1
     streamed = "".join(part.choices[0].delta.content or "" for part in parts)
     assert streamed == expected["text"] and parts[-1].choices[0].finish_reason == answer.choices[0].finish_reason
-    text = generate(folder, ["So"], max_new_tokens=8, as_chat=False)[0]["text"]
+    text = generate(folder, ["So"], Sampling(8), as_chat=False)[0]["text"]
     plain = client.completions.create(model="tiny", prompt="So", max_tokens=8, temperature=0)
     assert plain.choices[0].text.rstrip("�") == text
 

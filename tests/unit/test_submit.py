@@ -132,8 +132,10 @@ def nasty_script(tmp_path: Path) -> tuple[str, Task]:
     return script, task
 
 
-def test_no_value_does_any_harm_in_the_shell(tmp_path: Path) -> None:
+def test_no_value_does_any_harm_in_the_shell(recipe: Path, tmp_path: Path) -> None:
     script, task = nasty_script(tmp_path)
+    task.recipe.parent.mkdir(parents=True)
+    shutil.copyfile(recipe, task.recipe)
     programs = tmp_path / "programs"
     programs.mkdir()
     stand_in = '#!/bin/bash\nprintf "%s" "${0##*/}"; printf "|%s" "$@"; echo\n'
@@ -143,7 +145,7 @@ def test_no_value_does_any_harm_in_the_shell(tmp_path: Path) -> None:
     job = {
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n1",
-        "SLURM_NNODES": "1",
+        "SLURM_NNODES": "2",
         "PATH": f"{programs}:{os.environ['PATH']}",
     }
     start = f"module() {{ printf 'module|%s|%s\\n' \"$@\"; }}\n{script}"
@@ -151,7 +153,7 @@ def test_no_value_does_any_harm_in_the_shell(tmp_path: Path) -> None:
         ["bash", "-c", start], cwd=tmp_path, env=os.environ | job, capture_output=True, text=True, timeout=60
     )
     assert f"module|load|{NASTY}\n" in done.stdout
-    assert f"|train|{task.recipe}|--processes|2\n" in done.stdout, done.stderr
+    assert f"|train|{task.recipe}|--processes|2|--nodes|2|--rendezvous|" in done.stdout, done.stderr
     assert list(tmp_path.rglob("PWNED")) == []
 
 

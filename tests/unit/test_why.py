@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,6 +24,7 @@ from gpt.run_directory import RunDirectory
 from launch import local, status, why
 from launch.cli import app
 from launch.log_folder import refusals_recorded
+from launch.submitted import SubmittedJob, SweepRun, write_submitted, write_sweep
 
 PROJECT = Path(__file__).resolve().parents[2]
 RANK = """
@@ -92,7 +95,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def explained(recipe: Recipe) -> tuple[str, str, str, str]:
     """State, cause, headline and all evidence of a run."""
     found = why.explain(recipe.run_directory())
-    assert found["todo"] and found["headline"].endswith(".")
+    assert found["todo"] and re.search(r"[^.?!][.?!]$", found["headline"])
     assert "\n".join(why.describe(found)).startswith(found["headline"])
     assert "\n".join(status.describe(status.report(recipe.run_directory()))), "status has words for it"
     for item in found["evidence"]:
@@ -190,21 +193,25 @@ def test_what_a_run_says_itself(recipe: Recipe, ranks: Any, before: str, sentenc
     assert (state, found) == ("failed", cause) and sentence in headline
 
 
-def test_a_run_whose_place_a_later_start_took(recipe: Recipe, ranks: Any) -> None:
-    """The later start belongs to another launcher, so the loser may not write events; why reads what it left."""
+def test_a_start_whose_place_a_later_one_took(recipe: Recipe, ranks: Any) -> None:
+    """The later start is the run; the loser may not write events, and why finds what it left beside its logs."""
     ranks("""
         if rank == 0:
             from gpt.run_directory import claim_file
-            (run / "generations" / "000002.json").write_text(claim_file(run, 1).read_text().replace('"launcher": ', '"launcher": 9'))
+            claim = json.loads(claim_file(run, 1).read_text()) | {"launcher": 1, "pid": os.getppid()}
+            claim_file(run, 2).write_text(json.dumps(claim | {"time": time.time()}))
+            (errors / "rank_0.superseded").touch()
         (errors / f"rank_{rank}.txt").write_text("run directory x was taken over by start 2; this is start 1: stopping")
         wait_for(f"rank_{1 - rank}.txt")
         end(1)
-    """)  # noqa: E501
+    """)
     assert local.run_workers(recipe, processes=2) == 1
     assert not RunDirectory(recipe.run_directory()).events("failed")
-    state, cause, headline, evidence = explained(recipe)
-    assert (state, cause) == ("failed", "superseded") and "taken over by start 2" in headline
-    assert "outcome.json" in evidence
+    state, _, _, evidence = explained(recipe)
+    assert state == "starting" and "taken over by start 2" in evidence and "outcome.json" in evidence
+    claim = recipe.run_directory() / "generations" / "000002.json"
+    claim.write_text(json.dumps(json.loads(claim.read_text()) | {"process_space": "elsewhere"}))
+    assert explained(recipe)[0] == "dead", "how the loser ended says nothing of the run"
 
 
 def asked_to_stop(process: int, run: Path, *waits: float) -> threading.Thread:
@@ -325,6 +332,22 @@ def test_a_rank_of_another_host_is_judged_by_the_age_of_its_heartbeat(
     assert (state, cause) == ("dead", "died without a word") and "no sign of life from far" in headline
 
 
+@pytest.mark.parametrize(
+    ("change", "value", "cause"),
+    [("psutil.boot_time", time.time() + 1e6, "host restarted"), ("shutil.disk_usage", (9, 9, 4096), "disk")],
+)
+def test_what_is_around_a_run_that_died_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, value: Any, cause: str
+) -> None:
+    owner = trained(tmp_path, 3)
+    [file] = (owner.path / "generations").glob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"process_space": "of the boot before"}))
+    assert explained_state(tmp_path) == ("dead", "died without a word")
+    answer = SimpleNamespace(free=value[2]) if isinstance(value, tuple) else value
+    monkeypatch.setattr(change, lambda *arguments: answer)
+    assert explained_state(tmp_path) == ("dead", cause)
+
+
 def test_a_start_that_is_refused_before_any_rank_is_there(recipe: Recipe) -> None:
     run = recipe.run_directory()
     with pytest.raises(FileNotFoundError), refusals_recorded(run):
@@ -391,7 +414,7 @@ def explained_state(run: Path) -> tuple[str, str]:
     [
         ([5.0 - i / 100 for i in range(40)], "falling"),
         ([5.0 + i / 100 for i in range(40)], "rising"),
-        ([5.0 + (-1) ** i for i in range(40)], "flat"),
+        ([5.0 + (-1) ** i - i / 1000 for i in range(40)], "flat"),
     ],
 )
 def test_the_trend_of_the_loss(losses: list[float], word: str) -> None:
@@ -438,3 +461,130 @@ def test_both_commands_do_without_torch(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["state"] == "starting", "the writer is this process, without a heartbeat"
+
+
+# Slurm
+
+SCONTROL = (
+    "JobId=28 JobName=tiny UserId=root(0) JobState={state} Reason={reason} Dependency=(null) Requeue=0 Restarts=0 "
+    "BatchFlag=1 Reboot=0 ExitCode=0:15 RunTime=00:01:16 TimeLimit=00:01:00 TimeMin=N/A "
+    "SubmitTime=2026-11-26T22:16:01 EligibleTime=2026-11-26T22:16:01 StartTime={start} EndTime={end} Deadline=N/A "
+    "PreemptTime=None NodeList=n[1-2] BatchHost=n1 NumNodes=1 CPUs/Task=1 ReqB:S:C:T=0:0:*:* Features=(null) "
+    "Command=/runs/tiny/jobs/0001/job.sbatch StdOut=/runs/tiny/logs/slurm-28.out Power= \n"
+)
+"""What `scontrol show job --oneliner` of Slurm 22.05 printed of a job that its time limit had ended, shortened."""
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Gives the function that sets what scontrol answers of every job; at first there is none."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def answer(state: str, reason: str = "None", start: str = "Unknown", end: str = "Unknown") -> None:
+        text = SCONTROL.format(state=state, reason=reason, start=start, end=end)
+        (folder / "scontrol").write_text(f"#!/bin/sh\n[ \"$*\" = 'show job --oneliner 28' ] && echo '{text}'\n")
+        (folder / "scontrol").chmod(0o755)
+
+    return answer
+
+
+def job_of(run: Path, claim: dict[str, Any]) -> RunDirectory:
+    """A run in job 28 whose processes are another host's and have given no sign for an hour."""
+    owner = trained(run, 3)
+    [file] = run.glob("generations/*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | claim | {"process_space": "elsewhere", "host": "n1"}))
+    return owner
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [
+        ("TIMEOUT", "time limit"),
+        ("PREEMPTED", "preempted"),
+        ("NODE_FAIL", "node failure"),
+        ("OUT_OF_MEMORY", "out of memory"),
+        ("CANCELLED", "cancelled"),
+    ],
+)
+def test_slurm_says_how_it_ended_a_job(tmp_path: Path, slurm: Any, state: str, cause: str) -> None:
+    slurm(state)
+    job_of(tmp_path / "run", {"job": "28"})
+    assert explained_state(tmp_path / "run") == ("dead", cause)
+    found = why.explain(tmp_path / "run")
+    assert f"Slurm ended job 28: {why.SLURM_ENDS[state][1]} ({state})" in found["headline"]
+    assert "run time 00:01:16, time limit 00:01:00" in json.dumps(found["evidence"])
+
+
+@pytest.mark.parametrize(("seconds_left", "cause"), [(20, "time limit"), (2000, "died without a word")])
+def test_the_time_limit_by_the_record_that_the_job_kept_where_slurm_has_forgotten_it(
+    tmp_path: Path, slurm: Any, seconds_left: int, cause: str
+) -> None:
+    job_of(tmp_path, {"job": "28"})
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds_left))
+    text = SCONTROL.format(state="RUNNING", reason="None", start="Unknown", end=end)
+    (tmp_path / "logs" / "job_28_0_start.txt").write_text(text)
+    assert explained_state(tmp_path) == ("dead", cause)
+    (tmp_path / "logs" / "job_28_0_end.txt").write_text(text)  # by the job itself, which still ran
+    said = "\n".join(status.describe(status.report(tmp_path)))
+    assert "job 28: Slurm does not know it any more, or is not here" in said and "RUNNING" not in said
+
+
+def test_a_job_that_waits(tmp_path: Path, slurm: Any) -> None:
+    slurm("PENDING", reason="BeginTime", start="2026-11-26T23:16:01")
+    owner = job_of(tmp_path, {"job": "28"})
+    owner.write_event("stopped", reason="stopped on request after step 3", exit_code=85, step=3)
+    assert explained_state(tmp_path) == ("waiting", "waiting")
+    said = "\n".join(status.describe(status.report(tmp_path)))
+    assert "PENDING, reason BeginTime, expected to start 2026-11-26T23:16:01" in said
+    assert "before, stopped on request after step 3" in said
+
+
+def test_a_requeued_job_that_runs_again(tmp_path: Path, slurm: Any) -> None:
+    slurm("RUNNING")
+    owner = job_of(tmp_path, {"job": "28"})
+    owner.write_event("stopped", reason="stopped on request after step 3", exit_code=85, step=3)
+    owner.write_event("job ended", job="28", decision="go on", reason="asked to stop")
+    assert explained_state(tmp_path) == ("stopped", "stopped")
+    owner.write_event("job started", job="28", restart=1)
+    assert explained_state(tmp_path) == ("starting", "starting")
+
+
+def test_a_job_that_gives_up(tmp_path: Path, slurm: Any) -> None:
+    owner = job_of(tmp_path, {"job": "28"})
+    owner.write_event("failed", failure="exception", reason="rank 1 failed: RuntimeError: no luck", step=3)
+    owner.write_event("job ended", job="28", decision="no progress", reason="it failed twice without progress")
+    assert explained_state(tmp_path) == ("failed", "no progress")
+    found = why.explain(tmp_path)
+    assert "failed twice without progress" in found["headline"] and "no luck" in json.dumps(found["evidence"])
+
+
+@pytest.mark.parametrize(("state", "expected"), [("FAILED", "failed"), ("RUNNING", "starting"), ("PENDING", "waiting")])
+def test_a_job_before_its_first_rank(tmp_path: Path, slurm: Any, state: str, expected: str) -> None:
+    slurm(state)
+    (tmp_path / "jobs" / "0001").mkdir(parents=True)
+    write_submitted(tmp_path / "jobs" / "0001", SubmittedJob(["28"], None, 0.0))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "slurm-28.out").write_text("module: command not found\n")
+    found = why.explain(tmp_path)
+    assert found["state"] == expected
+    assert ("module: command not found" in json.dumps(found["evidence"])) == (state == "FAILED")
+
+
+def test_a_sweep_is_a_table_with_the_best_run_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {"slow": "1e-4", "fast": "3e-4", "later": "1e-3"}
+    write_sweep(tmp_path / "lr.sweep", [SweepRun(name, {"optimizer.learning_rate": r}) for name, r in rates.items()])
+    trained(tmp_path / "slow", 10).write_event("end", step=10)
+    trained(tmp_path / "fast", 20).write_event("end", step=20)
+    capsys.readouterr()
+    app(["status", str(tmp_path / "lr.sweep"), "--watch"], standalone_mode=False)  # none is running: it ends at once
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.split() for line in lines] == [
+        ["run", "optimizer.learning_rate", "state", "step", "loss", "validation"],
+        ["fast", "3e-4", "finished", "20", "6.0000", "5.0000"],
+        ["slow", "1e-4", "finished", "10", "7.0000", "6.0000"],
+        ["later", "1e-3", "not", "started", "0", "-", "-"],
+    ]
+    app(["status", str(tmp_path / "lr.sweep"), "--json"], standalone_mode=False)
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["fast", "slow", "later"]

@@ -1,0 +1,176 @@
+"""A task: a YAML file that declares how the lines of a JSONL file are questions, and how answers to them are counted.
+
+Every field has its documentation as the string below it; the README's reference is made from these strings.
+"""
+
+import re
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from gpt.generate import read_rows
+from gpt.recipe import PositiveInt, Section
+from gpt.recipe_file import parse_section, read_mapping
+
+
+def _template(text: str) -> str:
+    for _, name, form, conversion in string.Formatter().parse(text):
+        if name is not None and (not name.isidentifier() or form or conversion):
+            raise ValueError("{…} must hold the name of a field and nothing else; write {{ and }} for braces")
+    return text
+
+
+Template = Annotated[str, AfterValidator(_template)]
+
+
+class Task(Section):
+    """What every kind of task has."""
+
+    kind: str
+    """How answers are made and counted."""
+    data: str
+    """The JSONL file, an example a line. Relative paths are relative to the working directory."""
+    prompt: Template
+    """What the model is given: a text in which `{name}` stands for the field `name` of the line."""
+    system: Template | None = None
+    """A system message, likewise; only with messages."""
+    as_chat: bool | None = None
+    """Whether the prompt is a user's message; otherwise it is the beginning of a text. null: a message where the model
+    has a chat template."""
+
+
+class MultipleChoice(Task):
+    """The options' likelihoods given the prompt are compared."""
+
+    kind: Literal["multiple_choice"]
+    """The likelihoods of the options, given the prompt, are compared; the largest is the model's choice."""
+    options: str | Annotated[list[Template], Field(min_length=2)]
+    """The name of the field that holds the list of options, or the options themselves as templates, for example
+    `["{wrong}", "{right}"]` or `["no", "yes"]`."""
+    answer: str
+    """The field that holds the right option: its text, or its number, counted from 0."""
+    separator: str | None = None
+    """What stands between prompt and option. null: a space, or nothing where the prompt is a message."""
+
+
+class ExactMatch(Task):
+    """The greedy answer is compared with the right ones."""
+
+    kind: Literal["exact_match"]
+    """The model answers, always with the most likely token; the answer must equal a right one."""
+    answer: str
+    """The field that holds the right answer, or a list of right answers."""
+    max_new_tokens: PositiveInt = 32
+    """Where an answer is cut off, in tokens."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """An answer ends before the first of these texts, for example `["\\n"]`."""
+    normalize: Literal["whitespace", "squad"] = "whitespace"
+    """What is done to both sides first. whitespace: none at the ends, one space for each run within. squad: also lower
+    case, no ASCII punctuation, none of the words a, an and the (as SQuAD's own script, arXiv:1606.05250)."""
+
+
+KINDS: dict[str, type[MultipleChoice] | type[ExactMatch]] = {
+    "multiple_choice": MultipleChoice,
+    "exact_match": ExactMatch,
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of the data. Of multiple choice, `options` are all and `answers` the right one; else no options."""
+
+    place: str
+    prompt: str
+    system: str | None
+    answers: list[str]
+    options: list[str]
+
+
+def load_task(file: Path) -> tuple[MultipleChoice | ExactMatch, list[Question]]:
+    """A task and its questions.
+
+    Raises FileNotFoundError or ValueError with all problems of the task's file, or with the first bad line of its data.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"task {file} does not exist")
+    content = read_mapping(file, "task")
+    kind = content.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"task {file}: kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    task = parse_section(KINDS[kind], content, f"task {file}")
+    data = Path(task.data).expanduser()
+    numbered: list[int] = []
+
+    def parse(row: dict[str, Any]) -> Question:
+        numbered.append(0)
+        place = f"{data}:{len(numbered)}"
+        prompt = _fill(task.prompt, row)
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        options, answers = _choices(task, row) if isinstance(task, MultipleChoice) else ([], _answers(task, row))
+        return Question(place, prompt, None if task.system is None else _fill(task.system, row), answers, options)
+
+    return task, read_rows(data, parse)
+
+
+def _value(name: str, row: dict[str, Any]) -> Any:
+    if name not in row:
+        raise ValueError(f"the field {name} is missing; the line has {', '.join(row) or 'none'}")
+    return row[name]
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"the field {name} holds {'null' if value is None else type(value).__name__}, not a text")
+    return str(value)
+
+
+def _fill(template: str, row: dict[str, Any]) -> str:
+    parts = []
+    for text, name, _, _ in string.Formatter().parse(template):
+        parts += [text, "" if name is None else _text(name, _value(name, row))]
+    return "".join(parts)
+
+
+def _choices(task: MultipleChoice, row: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(options, the right one)"""
+    if isinstance(task.options, str):
+        found = _value(task.options, row)
+        if not isinstance(found, list):
+            raise ValueError(f"the field {task.options} holds {type(found).__name__}, not a list of options")
+        options = [_text(task.options, option) for option in found]
+    else:
+        options = [_fill(option, row) for option in task.options]
+    if len(options) < 2:
+        raise ValueError(f"there are {len(options)} options; a choice needs at least 2")
+    if not all(option.strip() for option in options):
+        raise ValueError(f"option {[bool(option.strip()) for option in options].index(False)} is empty")
+    if len(set(options)) < len(options):
+        raise ValueError(f"the option {max(options, key=options.count)!r} is there twice")
+    answer = _value(task.answer, row)
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(options):
+            raise ValueError(f"{task.answer} is {answer}, but the options are numbered from 0 to {len(options) - 1}")
+        return options, [options[answer]]
+    if _text(task.answer, answer) not in options:
+        raise ValueError(f"{task.answer} is {answer!r}, which is none of the options {', '.join(map(repr, options))}")
+    return options, [str(answer)]
+
+
+def _answers(task: ExactMatch, row: dict[str, Any]) -> list[str]:
+    found = _value(task.answer, row)
+    answers = [_text(task.answer, value) for value in (found if isinstance(found, list) else [found])]
+    if not answers or not all(normalized(answer, task.normalize) for answer in answers):
+        raise ValueError(f"the field {task.answer} holds an answer of which nothing is left to compare: {found!r}")
+    return answers
+
+
+def normalized(text: str, how: Literal["whitespace", "squad"]) -> str:
+    """As `ExactMatch.normalize` says."""
+    if how == "squad":
+        text = text.lower().translate(str.maketrans("", "", string.punctuation))
+        text = re.sub(r"\b(a|an|the)\b", " ", text)
+    return " ".join(text.split())

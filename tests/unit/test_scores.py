@@ -1,0 +1,241 @@
+"""Tasks with scores: their files, likelihoods of options by hand, ties, merges at the border, exact match, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from small_checkpoint import make_model, make_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from gpt import scores
+from gpt.evaluate import evaluate_task
+from gpt.generate import Sampling, generate
+from gpt.task import load_task, normalized
+
+CHOICE = {"kind": "multiple_choice", "prompt": "{q}", "options": "options", "answer": "answer"}
+MATCH = {"kind": "exact_match", "prompt": "{q}", "answer": "answer", "max_new_tokens": 6}
+ROWS = [
+    {"q": "The sky is", "options": ["blue", "a door", "green as grass"], "answer": "blue"},
+    {"q": "Two and two:", "options": ["five", "four"], "answer": 1},
+    {"q": "é 東", "options": ["京", "x"], "answer": "x"},
+]
+
+
+def write_task(folder: Path, task: dict[str, Any], rows: list[Any], name: str = "task") -> Path:
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"data": str(data)} | task), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat folder."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def log_likelihood(model: PreTrainedModel, ids: list[int], begin: int) -> float:
+    """Of the tokens from `begin` on, one at a time."""
+    total = 0.0
+    for place in range(begin, len(ids)):
+        logits = model(input_ids=torch.tensor([ids[:place]]), use_cache=False).logits[0, -1]
+        total += float(logits.double().log_softmax(0)[ids[place]])
+    return total
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+@pytest.mark.parametrize("tokens_per_forward", [1, 1024])
+@torch.no_grad()
+def test_likelihoods_are_those_computed_by_hand(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_chat: bool, tokens_per_forward: int
+) -> None:
+    """Token by token, whatever rows are beside a row."""
+    monkeypatch.setattr(scores, "TOKENS_PER_FORWARD", tokens_per_forward)
+    model, tokenizer = make_model(), PreTrainedTokenizerFast.from_pretrained(folder)
+    system = {"system": "S{q}"} if as_chat else {}
+    result = evaluate_task(
+        folder, write_task(tmp_path, CHOICE | {"as_chat": as_chat} | system, ROWS), predictions=tmp_path / "p.jsonl"
+    )
+    predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text("utf-8").splitlines()]
+    plain, per_byte = [], []
+    for row, prediction in zip(ROWS, predictions, strict=True):
+        sums, sizes = [], []
+        for option in row["options"]:
+            prompt, rest = f"{row['q']}", f" {option}"
+            if as_chat:
+                prompt = f"<|im_start|>system\nS{row['q']}<|im_end|>\n<|im_start|>user\n{row['q']}<|im_end|>\n"
+                prompt, rest = prompt + "<|im_start|>assistant\n", option
+            begin = len(tokenizer(prompt)["input_ids"])
+            sums.append(log_likelihood(model, tokenizer(prompt + rest)["input_ids"], begin))
+            sizes.append(len(option.encode()))
+        assert list(prediction["log_likelihoods"].values()) == pytest.approx(sums, rel=1e-5)
+        right = row["options"].index(row["answer"]) if isinstance(row["answer"], str) else row["answer"]
+        plain.append(np.argmax(sums) == right)
+        per_byte.append(np.argmax(np.divide(sums, sizes)) == right)
+        assert prediction["answer"] == row["options"][right]
+        assert prediction["prediction"] == row["options"][np.argmax(sums)]
+    assert result["scores"]["accuracy"]["value"] == pytest.approx(np.mean(plain))
+    assert result["scores"]["length_normalized_accuracy"]["value"] == pytest.approx(np.mean(per_byte))
+    assert result["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    assert (result["examples"], result["ties"], result["as_chat"]) == (3, 0, as_chat)
+
+
+def merging_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Bytes, in which "b" and "c" always merge."""
+    tokenizer = make_tokenizer(folder, chat=False)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    replaced = next(text for text, number in content["model"]["vocab"].items() if number == 0)
+    del content["model"]["vocab"][replaced]
+    content["model"]["vocab"]["bc"] = 0
+    content["model"]["merges"] = [["b", "c"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert len(tokenizer("abc")["input_ids"]) == 2
+    return tokenizer
+
+
+@torch.no_grad()
+def test_an_option_that_merges_with_the_prompts_end_has_the_same_condition_as_the_others(tmp_path: Path) -> None:
+    """ "ab" + "c" are the tokens a, bc; "ab" + "d" are a, b, d: both are scored behind "a"."""
+    make_model().save_pretrained(tmp_path)
+    tokenizer, model = merging_tokenizer(tmp_path), make_model()
+    rows = [{"q": "ab", "options": ["c", "d", "cc"], "answer": "c"}]
+    evaluate_task(
+        tmp_path, write_task(tmp_path, CHOICE | {"separator": ""}, rows), predictions=tmp_path / "predictions"
+    )
+    found = json.loads((tmp_path / "predictions").read_text("utf-8"))["log_likelihoods"]
+    for option, value in found.items():
+        assert value == pytest.approx(log_likelihood(model, tokenizer("ab" + option)["input_ids"], 1), rel=1e-5)
+    whole_prompt = {"q": "b", "options": ["c", "d"], "answer": "c"}
+    with pytest.raises(ValueError, match=r"task.jsonl:1: no token of the prompt stands before all options"):
+        evaluate_task(tmp_path, write_task(tmp_path, CHOICE | {"separator": ""}, [whole_prompt]))
+
+
+def test_options_that_share_the_first_place_share_the_credit(tmp_path: Path) -> None:
+    """A model that finds all tokens equally likely scores chance, wherever the right option stands."""
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path, chat=False)
+    rows = [{"q": "x", "options": ["ab", "cd", "ef"], "answer": answer} for answer in (0, 1, 2)]
+    rows.append({"q": "x", "options": ["abc", "de", "fg"], "answer": 0})  # longer, so less likely: no tie with it
+    result = evaluate_task(tmp_path, write_task(tmp_path, CHOICE, rows))
+    assert result["scores"]["accuracy"]["value"] == pytest.approx((1 / 3 * 3 + 0) / 4)
+    assert result["ties"] == 4
+
+
+def test_options_as_templates(folder: Path, tmp_path: Path) -> None:
+    task = CHOICE | {"options": ["no", "yes, {reason}"], "prompt": "{q}? {{}}"}
+    _, [question] = load_task(write_task(tmp_path, task, [{"q": "So", "reason": 4, "answer": "yes, 4"}]))
+    assert (question.prompt, question.options, question.answers) == ("So? {}", ["no", "yes, 4"], ["yes, 4"])
+
+
+def test_exact_match_counts_greedy_answers(folder: Path, tmp_path: Path) -> None:
+    said = [answer["text"] for answer in generate(folder, ["a", "to be", "c d e"], Sampling(6))]
+    assert all(text.strip() for text in said)
+    rows = [
+        {"q": "a", "answer": [said[1] + "?", f" {said[0]}\n"]},
+        {"q": "to be", "answer": said[1]},
+        {"q": "c d e", "answer": said[2] + "!"},
+    ]
+    result = evaluate_task(folder, write_task(tmp_path, MATCH, rows), predictions=tmp_path / "p.jsonl")
+    assert result["scores"]["exact_match"]["value"] == pytest.approx(2 / 3)
+    predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text("utf-8").splitlines()]
+    assert [p["prediction"] for p in predictions] == said
+    assert [p["right"] for p in predictions] == [True, True, False]
+    stop = said[2][2]
+    stopped = MATCH | {"stop": [stop, "never said"]}
+    [row] = [{"q": "c d e", "answer": said[2].partition(stop)[0]}]
+    assert evaluate_task(folder, write_task(tmp_path, stopped, [row]))["scores"]["exact_match"]["value"] == 1
+
+
+def test_normalization() -> None:
+    assert normalized(" The  Eiffel\nTower. ", "whitespace") == "The Eiffel Tower."
+    assert normalized(" The  Eiffel\nTower's an a-theme. ", "squad") == "eiffel towers atheme"
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    values = np.array([1.0] * 120 + [0.0] * 280)
+    found = scores._with_interval(values)
+    error = 1.96 * values.std() / len(values) ** 0.5
+    assert found["value"] == pytest.approx(0.3)
+    assert found["low"] == pytest.approx(0.3 - error, abs=error / 8)
+    assert found["high"] == pytest.approx(0.3 + error, abs=error / 8)
+    assert scores._with_interval(np.ones(5)) == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert scores._with_interval(values) == found
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        ({"kind": "quiz"}, "kind is 'quiz'; it must be one of multiple_choice, exact_match"),
+        ({"kind": ["x"]}, "kind is ['x']; it must be one of"),
+        (CHOICE | {"seperator": ""}, "unknown key seperator: did you mean separator?"),
+        (CHOICE | {"max_new_tokens": 3}, "unknown key max_new_tokens"),
+        ({"kind": "multiple_choice", "prompt": "x"}, "options is missing; answer is missing"),
+        (CHOICE | {"prompt": "{q.x}"}, "prompt: {…} must hold the name of a field and nothing else"),
+        (CHOICE | {"prompt": "{"}, "prompt: Single '{' encountered in format string"),
+        (CHOICE | {"prompt": "{}"}, "prompt: {…} must hold the name of a field"),
+        (CHOICE | {"options": ["one"]}, "options"),
+        (MATCH | {"max_new_tokens": 0}, "max_new_tokens: Input should be greater than 0"),
+        (MATCH | {"normalize": "lower"}, "normalize: Input should be 'whitespace' or 'squad'"),
+        (MATCH | {"stop": [""]}, "stop.0: String should have at least 1 character"),
+    ],
+)
+def test_a_wrong_task_is_refused(tmp_path: Path, task: dict[str, Any], problem: str) -> None:
+    file = write_task(tmp_path, task, ROWS)
+    with pytest.raises(ValueError) as refused:
+        load_task(file)
+    assert str(refused.value).startswith(f"task {file}: ") and problem in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "problem"),
+    [
+        (CHOICE, "x", "the line holds a str, not an object with fields"),
+        (CHOICE, {"question": "x"}, "the field q is missing; the line has question"),
+        (CHOICE, {"q": None}, "the field q holds null, not a text"),
+        (CHOICE, {"q": "  "}, "the prompt is empty"),
+        (CHOICE, {"q": "x", "options": "ab"}, "the field options holds str, not a list of options"),
+        (CHOICE, {"q": "x", "options": ["a"]}, "there are 1 options; a choice needs at least 2"),
+        (CHOICE, {"q": "x", "options": ["a", " "]}, "option 1 is empty"),
+        (CHOICE, {"q": "x", "options": ["a", "b", "a"]}, "the option 'a' is there twice"),
+        (CHOICE, {"q": "x", "options": ["a", "b"]}, "the field answer is missing"),
+        (CHOICE, {"q": "x", "options": ["a", "b"], "answer": "c"}, "answer is 'c', which is none of the options"),
+        (CHOICE, {"q": "x", "options": ["a", "b"], "answer": 2}, "the options are numbered from 0 to 1"),
+        (CHOICE, {"q": "x", "options": ["a", "b"], "answer": True}, "the field answer holds bool, not a text"),
+        (MATCH, {"q": "x", "answer": ""}, "answer of which nothing is left to compare: ''"),
+        (MATCH, {"q": "x", "answer": []}, "answer of which nothing is left to compare: []"),
+        (MATCH | {"normalize": "squad"}, {"q": "x", "answer": "The!"}, "nothing is left to compare: 'The!'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, task: dict[str, Any], row: Any, problem: str) -> None:
+    good = ROWS[0] | {"answer": "blue"}
+    with pytest.raises(ValueError) as refused:
+        load_task(write_task(tmp_path, task, [good, row, good]))
+    assert str(refused.value).startswith(f"{tmp_path / 'task.jsonl'}:2: ") and problem in str(refused.value)
+
+
+def test_what_a_task_and_a_model_do_not_share_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"task absent.yaml does not exist"):
+        load_task(Path("absent.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"absent.jsonl does not exist"):
+        load_task(write_task(tmp_path, CHOICE | {"data": "absent.jsonl"}, ROWS))
+    with pytest.raises(ValueError, match="the task has a system message, but its prompts are texts"):
+        evaluate_task(folder, write_task(tmp_path, CHOICE | {"system": "S", "as_chat": False}, ROWS))
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist: give a run directory or a model folder"):
+        evaluate_task(tmp_path / "nowhere", write_task(tmp_path, CHOICE, ROWS))
+    long = [ROWS[0], ROWS[0] | {"q": "x" * 120, "answer": "blue"}]
+    with pytest.raises(ValueError, match=r"task.jsonl:2: prompt and option have .* but the model has 128 positions"):
+        evaluate_task(folder, write_task(tmp_path, CHOICE | {"as_chat": False}, long))
+    with pytest.raises(ValueError, match=r"task.jsonl:2: The prompt has .* model has 128 positions"):
+        evaluate_task(folder, write_task(tmp_path, MATCH, long))
