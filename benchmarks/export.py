@@ -107,6 +107,7 @@ def measure(model: str, contender: str, dtype: str, *, digested: bool) -> dict[s
         words = [*program, "digest", dtype, str(WORK), str(out)]
         result["digest"] = json.loads(subprocess.run(words, capture_output=True, check=True, env=ENVIRONMENT).stdout)
     shutil.rmtree(out)
+    print({key: value for key, value in result.items() if key != "digest"}, file=sys.stderr)
     return result
 
 

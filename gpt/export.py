@@ -4,10 +4,11 @@ Needs no GPU and no process group, whatever world size the run had. Memory is bo
 that transformers holds in another layout than the hub) or by a few MiB (all others), until the gate loads the folder.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,7 @@ def export_model(
     tensors = plan_tensors(source.weights, model, TORCH_DTYPES[precision])
     expected = expected_of(source, precision)
     expected["memory_bytes"] = _check_room(out, model, tensors, gate_memory(model, expected), gguf, say)
-    folder = out.parent / f".tmp-{out.name}"
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
-    folder.mkdir(parents=True)
-    try:
+    with _unfinished(out) as folder:
         files = write_weights(folder, tensors, shard_bytes, progress)
         _write_configuration(folder, model, source.tokenizer, precision)
         report = run_gate(folder, expected)
@@ -127,8 +125,6 @@ def export_model(
             raise ValueError(_failure(report, _rename_failed(folder, out)))
         folder.rename(out)  # replaces an empty folder
         fsync_directory(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if not report["gated"]:
         say(f"warning: {out} was not checked against the training engine (--ungated); its card and report say so")
     return source.facts | {
@@ -152,6 +148,18 @@ def _check_allowed(source: ExportSource, out: Path, ungated: bool) -> None:
             f"{source.weights.directory} has no probe of the live engine, so an export could not be checked; "
             f"--ungated exports it all the same, marked as unchecked."
         )
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A folder beside `out` under a temporary name; it is gone afterwards where it was not renamed."""
+    folder = out.parent / f".tmp-{out.name}"
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _precision(dtype: str | None, training: Precision) -> Precision:

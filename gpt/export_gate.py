@@ -50,7 +50,7 @@ def logit_tolerance(largest: float, training_dtype: str, exported_dtype: str, la
 def check_folder(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Run every check; `passed` says whether all did, `checks` what was compared, how far apart and how far allowed."""
     probe, training, exported = expected["probe"], expected["training_dtype"], expected["exported_dtype"]
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-gate-") as place:
+    with tempfile.TemporaryDirectory(dir=folder) as place:
         model, loading = _load(folder, training, expected["memory_bytes"], Path(place))
         held = _placement(model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -293,7 +293,7 @@ def _check_masters(
     cpu_offload(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), state_dict=masters)
     right = _forward(model, ids, positions)
     del model
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-gate-") as place:
+    with tempfile.TemporaryDirectory(dir=folder) as place:
         exported, _ = _load(folder, "fp32", memory_bytes, Path(place))
         difference = float((_forward(exported, ids, positions) - right).abs().max())
     tolerance = 1e-5 * float(right.abs().max())

@@ -1,8 +1,10 @@
 """Weights as sharded safetensors, named and shaped as the hub has them, one chunk in memory at a time."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,14 @@ def plan_tensors(source: WeightSource, model: PreTrainedModel, dtype: torch.dtyp
     """
     ignored = set(model._keys_to_ignore_on_save or ())
     parameters = {n: p for n, p in model.named_parameters() if n not in ignored}
-    layout = revert_weight_conversion(model, {n: torch.empty_like(p) for n, p in parameters.items()})
+    layout = revert_weight_conversion(model, dict(parameters))
     tensors: list[TensorToWrite] = []
     for name, parameter in parameters.items():
-        products = revert_weight_conversion(model, {name: torch.empty_like(parameter)})
-        shapes = {n: tuple(tensor.shape) for n, tensor in products.items()}
-        if shapes == {name: tuple(parameter.shape)}:
+        if layout.get(name) is parameter:  # untouched, and asking for each one alone would take seconds
             tensors.append(_streamed(source, name, tuple(parameter.shape), dtype))
         else:
+            products = revert_weight_conversion(model, {name: torch.empty_like(parameter)})
+            shapes = {n: tuple(tensor.shape) for n, tensor in products.items()}
             reverted = _Reverted(source, model, name, tuple(parameter.shape), dtype)
             tensors += [reverted.tensor(product, shape) for product, shape in shapes.items()]
     if {t.name: t.shape for t in tensors} != {n: tuple(t.shape) for n, t in layout.items()}:
@@ -138,11 +140,23 @@ def write_weights(
 
         return TensorToWrite(tensor.name, tensor.dtype, tensor.shape, read)
 
-    for index, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        files[name] = write_safetensors(folder / name, map(counted, shard), metadata={"format": "pt"})
-        weight_map |= {tensor.name: name for tensor in shard}
+    with ThreadPoolExecutor(1) as writer, _one_torch_thread():
+        for index, shard in enumerate(shards, start=1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+            files[name] = write_safetensors(folder / name, map(counted, shard), {"format": "pt"}, writer)
+            weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         content: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return files
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The work on a chunk is short, and the writer needs a core: more threads would wait for it and for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

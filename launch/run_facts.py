@@ -105,7 +105,8 @@ def read_facts(run: Path) -> RunFacts:
     claim = _claim(run, generation, problems)
     events = _lines(run / "events.jsonl", ("time", "event", "generation"), problems)
     metrics = _bytes(run / "metrics.jsonl", problems)
-    records = _parse(metrics.splitlines()[-RECENT_STEPS:], ("step",), "metrics.jsonl", problems)
+    newest = metrics.rsplit(b"\n", RECENT_STEPS + 1)[-RECENT_STEPS - 1 :]  # the last one is empty
+    records = _parse(newest, ("step",), "metrics.jsonl", problems)
     outcomes = [event for event in events if event["event"] in ("stopped", "failed")]
     outcomes += [outcome for folder in (run / "logs").glob("*/") if (outcome := _outcome(folder, problems))]
     return RunFacts(
@@ -152,7 +153,7 @@ def _lines(file: Path, keys: tuple[str, ...], problems: list[str]) -> list[Event
 def _parse(lines: Iterable[bytes], keys: tuple[str, ...], name: str, problems: list[str]) -> list[Event]:
     """The lines that are whole and have the keys."""
     found, damaged = [], 0
-    for line in lines:
+    for line in filter(None, lines):
         content: Any = None
         with contextlib.suppress(ValueError):
             content = orjson.loads(line)

@@ -4,7 +4,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,9 @@ def _failed(facts: RunFacts, state: State) -> Explanation:
         todo = "find what is behind the two failures (`logs/`), change it, and submit the run again"
         last = [_said(event) for event in facts.outcomes[-2:]]
         return Explanation("no progress", f"Its job gave up: {outcome['reason']}.", todo, [_said(outcome), *last])
+    if outcome.get("signal") and not outcome.get("out_of_memory") and (by_slurm := _ended_by_slurm(facts)) is not None:
+        headline = f"{by_slurm.headline} Its launcher saw: {outcome['reason']}."
+        return replace(by_slurm, headline=headline, evidence=[_said(outcome)])
     kinds: dict[str, Callable[[RunFacts, Event], Explanation]] = {
         "refused": _refused,
         "exception": _exception,
@@ -209,14 +212,9 @@ def _ended(facts: RunFacts, outcome: Event) -> Explanation:
 
 def _dead(facts: RunFacts, state: State) -> Explanation:
     """Neither launcher nor ranks said why: what is around them may."""
-    evidence, job, last = _heartbeats(facts), facts.job, facts.last_sign or 0.0
-    if job is not None and job.state in SLURM_ENDS:
-        cause, what, todo = SLURM_ENDS[job.state]
-        return Explanation(cause, f"Slurm ended job {job.job}: {what} ({job.state}).", todo, evidence)
-    if job is not None and job.limit_time is not None and last > job.limit_time - LIMIT_SECONDS:
-        says = f"its last sign was at {clock(last)}, its time limit ended at {clock(job.limit_time)}"
-        todo = SLURM_ENDS["TIMEOUT"][2]
-        return Explanation("time limit", f"The time limit of job {job.job} ended it: {says}.", todo, evidence)
+    evidence, last = _heartbeats(facts), facts.last_sign or 0.0
+    if (by_slurm := _ended_by_slurm(facts)) is not None:
+        return replace(by_slurm, evidence=evidence)
     if facts.claim["host"].partition("@")[0] == socket.gethostname() and psutil.boot_time() > last:
         headline = f"Its host was started anew at {clock(psutil.boot_time())}, after the run's last sign."
         return Explanation("host restarted", headline, GO_ON, evidence)
@@ -235,6 +233,21 @@ def _dead(facts: RunFacts, state: State) -> Explanation:
     headline = f"There is no sign of life from {facts.claim['host']} for {ago}, and nothing says why."
     todo = f"see whether {facts.claim['host']} is up and its clock right; if the run is dead, {GO_ON}"
     return Explanation("died without a word", headline, todo, evidence)
+
+
+def _ended_by_slurm(facts: RunFacts) -> Explanation | None:
+    """What Slurm says of its end of the run's job, or its record of the time limit; None where neither explains it."""
+    job, last = facts.job, facts.last_sign or 0.0
+    if job is None:
+        return None
+    if job.state in SLURM_ENDS:
+        cause, what, todo = SLURM_ENDS[job.state]
+        return Explanation(cause, f"Slurm ended job {job.job}: {what} ({job.state}).", todo)
+    if job.limit_time is not None and last > job.limit_time - LIMIT_SECONDS:
+        says = f"its last sign was at {clock(last)}, its time limit ended at {clock(job.limit_time)}"
+        todo = SLURM_ENDS["TIMEOUT"][2]
+        return Explanation("time limit", f"The time limit of job {job.job} ended it: {says}.", todo)
+    return None
 
 
 def _said(event: Event) -> dict[str, str]:

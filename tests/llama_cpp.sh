@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds llama.cpp and its Python package from the source package llama-cpp-python (77 MB, two minutes on two cores, once)
-# in build/llama_cpp and prints that folder: TRAINYARD_LLAMA_CPP="$(bash tests/llama_cpp.sh)" bash tests/run.sh -k llama
+# in build/llama_cpp and prints that folder: TRAINYARD_LLAMA_CPP="$(bash tests/llama_cpp.sh)" bash tests/run.sh -k llama_cpp
 # Only the library is built, not the common code and programs, which take several times as long. Needs pip, cmake, a C++
 # compiler and make.
 set -euo pipefail
@@ -21,7 +21,8 @@ if [ ! -d "$folder" ]; then
   source=("$part"/llama_cpp_python-*/)
   # -O1: half the compile time of -O3, and the tests' models are small. No OpenMP, no code for this processor alone.
   cmake -S "${source[0]}/vendor/llama.cpp" -B "$part/built" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
-    -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_MTMD=OFF >&2
+    -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_MTMD=OFF \
+    -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DCMAKE_INSTALL_RPATH="\$ORIGIN" >&2
   cmake --build "$part/built" --target llama --parallel "$(nproc)" >&2
   mv "${source[0]}/llama_cpp" "$part/package/"
   mkdir -p "$part/package/llama_cpp/lib"

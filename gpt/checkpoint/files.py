@@ -9,6 +9,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -87,10 +88,14 @@ class _BlockHasher:
 
 
 def write_safetensors(
-    path: Path, tensors: Iterable[TensorToWrite], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Iterable[TensorToWrite],
+    metadata: Mapping[str, str] | None = None,
+    writer: Executor | None = None,
 ) -> FileEntry:
     """Write a safetensors file, one chunk in memory at a time, and make its content durable (fsync of the file).
 
+    With a `writer` of one thread a chunk is hashed and written there while the next one is read: two are in memory.
     The caller makes its name durable with `fsync_directory`. Returns the size and block checksums for the manifest.
     Raises ValueError when a tensor's values do not have the stated dtype or number of elements.
     """
@@ -99,19 +104,29 @@ def write_safetensors(
     with path.open("wb") as file:
         output = _BlockHasher(file)
         output.write(_header(ordered, metadata))
+        pending: Future[None] | None = None
         for tensor in ordered:
-            before = output.size_bytes
+            given_bytes = 0
             values = tensor.read()
             for chunk in [values] if isinstance(values, torch.Tensor) else values:
                 if chunk.dtype != DTYPES[tensor.dtype]:
                     raise ValueError(f"{tensor.name} is announced as {tensor.dtype}, but its values are {chunk.dtype}.")
-                if chunk.numel():
+                if not chunk.numel():
+                    continue
+                given_bytes += chunk.numel() * chunk.itemsize
+                if pending is not None:
+                    pending.result()
+                if writer is not None:
+                    pending = writer.submit(output.write, _bytes_of(chunk))
+                else:
                     output.write(_bytes_of(chunk))
-            if output.size_bytes - before != tensor.size_bytes:
+            if given_bytes != tensor.size_bytes:
                 raise ValueError(
                     f"{tensor.name} of shape {tensor.shape} takes {tensor.size_bytes} bytes, "
-                    f"but its values have {output.size_bytes - before}."
+                    f"but its values have {given_bytes}."
                 )
+        if pending is not None:
+            pending.result()
         file.flush()
         os.fsync(file.fileno())
         return output.finish()
@@ -207,10 +222,11 @@ class VerifiedFile:
         block = self._cache.get(index)
         if block is None:
             begin, stop = self._block_range(index)
-            block = memoryview(bytearray(stop - begin))
-            self._fetch(descriptor, index, block)
             while len(self._cache) >= self._cache_blocks:
-                self._cache.popitem(last=False)
+                _, block = self._cache.popitem(last=False)
+            if block is None or len(block) != stop - begin:  # else its memory is used again: new pages are slow
+                block = memoryview(bytearray(stop - begin))
+            self._fetch(descriptor, index, block)
             self._cache[index] = block
         self._cache.move_to_end(index)
         return block
@@ -273,10 +289,16 @@ class FragmentFile:
         if start < 0 or count < 0 or start + count > total:
             raise ValueError(f"Elements {start} to {start + count} lie outside {name} in {self.path} ({total}).")
         values = torch.empty(count, dtype=self.dtype(name))
-        if count:
-            offset = self._data_start + self._entry(name)["data_offsets"][0] + start * values.itemsize
-            self._file.read_into(offset, _bytes_of(values))
+        self.read_into(name, start, values)
         return values
+
+    def read_into(self, name: str, start: int, target: torch.Tensor) -> None:
+        """Fill the contiguous 1-D `target` with the elements from `start` on, rounded to its dtype."""
+        if target.dtype != self.dtype(name):
+            target.copy_(self.read(name, start, target.numel()))
+        elif target.numel():
+            offset = self._data_start + self._entry(name)["data_offsets"][0] + start * target.itemsize
+            self._file.read_into(offset, _bytes_of(target))
 
     def _entry(self, name: str) -> dict:
         try:

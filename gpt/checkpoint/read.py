@@ -74,8 +74,7 @@ class CheckpointReader:
                         f"{file.path} holds {tensor} with the shape {file.shape(tensor)}, but the manifest says "
                         f"({fragment_count},)."
                     )
-                values = file.read(tensor, position - fragment_start, stop - position)
-                result[position - start : stop - start] = values
+                file.read_into(tensor, position - fragment_start, result[position - start : stop - start])
                 position = stop
         assert position == end, "the manifest guarantees that fragments cover every parameter"
         return result

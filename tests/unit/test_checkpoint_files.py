@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def write_two_blocks(path: Path) -> tuple[torch.Tensor, FileEntry]:
     """A file of a little over two blocks that holds one fp32 tensor `a`."""
     tensor = torch.randn(2 * BLOCK_BYTES // 4 + 1000)
     return tensor, write_safetensors(path, [to_write("a", tensor, 300_001)])
+
+
+def test_a_writer_thread_gives_the_same_file_and_its_failures(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(2 * BLOCK_BYTES // 4 + 1000), "b": torch.randn(5, 3), "empty": torch.zeros(0)}
+    entries = [to_write(name, tensor, 300_001) for name, tensor in tensors.items()]
+    with ThreadPoolExecutor(1) as writer:
+        alone = write_safetensors(tmp_path / "alone", entries)
+        assert write_safetensors(tmp_path / "beside", entries, writer=writer) == alone
+        assert (tmp_path / "beside").read_bytes() == (tmp_path / "alone").read_bytes()
+        with pytest.raises(OSError, match="No space left on device"):
+            write_safetensors(Path("/dev/full"), entries, writer=writer)
+        with pytest.raises(ValueError, match="takes 4 bytes, but its values have 8"):
+            short = TensorToWrite("a", "F32", (1,), lambda: [torch.zeros(1), torch.zeros(1)])
+            write_safetensors(tmp_path / "wrong", [short], writer=writer)
 
 
 def flip_byte(path: Path, offset: int) -> None:

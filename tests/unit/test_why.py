@@ -517,6 +517,15 @@ def test_slurm_says_how_it_ended_a_job(tmp_path: Path, slurm: Any, state: str, c
     assert "run time 00:01:16, time limit 00:01:00" in json.dumps(found["evidence"])
 
 
+def test_the_signal_that_a_launcher_saw_was_slurms(tmp_path: Path, slurm: Any) -> None:
+    slurm("TIMEOUT")
+    owner = job_of(tmp_path, {"job": "28"})
+    reason = "ended by SIGTERM without saving"
+    owner.write_event("failed", failure="second signal", signal="SIGTERM", exit_code=143, reason=reason)
+    assert explained_state(tmp_path) == ("failed", "time limit")
+    assert "its time limit (TIMEOUT)" in (headline := why.explain(tmp_path)["headline"]) and reason in headline
+
+
 @pytest.mark.parametrize(("seconds_left", "cause"), [(20, "time limit"), (2000, "died without a word")])
 def test_the_time_limit_by_the_record_that_the_job_kept_where_slurm_has_forgotten_it(
     tmp_path: Path, slurm: Any, seconds_left: int, cause: str
