@@ -219,7 +219,6 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
 def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, list[Any]]:
     """The plan, and what all ranks together found before they are a process group; without a plan it has failed."""
     from gpt import distributed, preflight
-    from gpt.model import elements_of
 
     meeting = distributed.Meeting(MEETING_SECONDS)
     plan = data = needs = problem = None
@@ -229,11 +228,23 @@ def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, li
         streams = [stream.fingerprint for stream in (plan.training, plan.validation) if stream is not None]
         data = ", ".join([*streams, tokenizer_fingerprint(Path(recipe.tokenizer))])
         if meeting.rank == 0:
-            steps, elements = plan.schedule.total_steps, elements_of(plan.config)
-            needs = preflight.Needs.of(recipe, elements, steps, plan.deepspeed, meeting.world_size)
+            needs = _needs(plan, meeting.world_size)
     except (ValueError, OSError) as error:
         problem = str(error)
     return plan, preflight.check_before(meeting, recipe, problem, data, needs)
+
+
+def _needs(plan: RunPlan, world_size: int) -> Any:
+    """What the run takes; None, with a warning, for a model that cannot be made without memory to count its weights."""
+    from gpt.model import elements_of
+    from gpt.preflight import Needs
+
+    try:
+        elements = elements_of(plan.config)
+    except RuntimeError as error:
+        print(f"warning: whether memory and disk suffice is not known: {error}", flush=True)
+        return None
+    return Needs.of(plan.recipe, elements, plan.schedule.total_steps, plan.deepspeed, world_size)
 
 
 def look(recipe: Recipe, report: Path) -> None:
