@@ -226,16 +226,16 @@ class _Launchers:
 
     def run(self, command: Sequence[str]) -> tuple[int, bool]:
         """(exit code, whether this process asked for a stop), when all launchers have ended."""
-        with self._signals():
-            if self._asked:
-                return STOPPED_EXIT_CODE, True
-            self._srun = subprocess.Popen(command)
-            while True:
-                try:
-                    code = self._srun.wait(POLL_SECONDS)
-                    return (128 - code if code < 0 else code), self._asked
-                except subprocess.TimeoutExpired:
-                    self._look_at_the_time()
+        self._listen()
+        self._srun = subprocess.Popen(command)
+        if self._asked:  # before there was an srun to ask
+            self._srun.send_signal(signal.SIGUSR1)
+        while True:
+            try:
+                code = self._srun.wait(POLL_SECONDS)
+                return (128 - code if code < 0 else code), self._asked
+            except subprocess.TimeoutExpired:
+                self._look_at_the_time()
 
     def _ask(self, why: str) -> None:
         """Pass a request on, once. srun takes SIGTERM as an order to kill; SIGUSR1 it passes on to all tasks."""
@@ -244,22 +244,17 @@ class _Launchers:
         self._asked = True
         print(f"trainyard: {why}: asking the launchers to stop", flush=True)
         if self._srun is not None:
-            self._srun.send_signal(signal.SIGUSR1)
+            self._srun.send_signal(signal.SIGUSR1)  # nothing where it has ended
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Requests that reach this process: `scancel --batch --signal`, a `--signal=B:`, a job that is being ended."""
+    def _listen(self) -> None:
+        """To requests that reach this process: `scancel --batch --signal`, a `--signal=B:`, a job that is being ended.
+        For good, since what is decided and recorded at the end must not be cut short either."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self._ask(f"the job script got {signal.Signals(number).name}")
 
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-        before = {number: signal.signal(number, note) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, note)
 
     def _look_at_the_time(self) -> None:
         now = time.time()

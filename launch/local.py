@@ -313,8 +313,8 @@ def _stop_signals() -> Iterator[_Stop]:
             if stop.directory is not None:
                 (stop.directory / REQUEST_NAME).touch()
             print(
-                f"\ntrainyard: {received[0].name}: stopping after the present step, with a checkpoint; a second signal "
-                "ends at once",
+                f"\ntrainyard: {received[0].name}: stopping after the present step, with a checkpoint; a second "
+                f"{'signal' if ends_at_once(signal.SIGTERM) else 'Ctrl-C'} ends at once",
                 file=sys.stderr,
                 flush=True,
             )

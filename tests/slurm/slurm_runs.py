@@ -17,7 +17,7 @@ NODES = 6
 
 PACE = """
 import os, sys, time
-if "RANK" in os.environ:
+if "RANK" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(os.environ["PACED_STARTS"]):
     import importlib.abc, importlib.util
     class Paced(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path, target=None):
@@ -40,22 +40,25 @@ if "RANK" in os.environ:
             return spec
     sys.meta_path.insert(0, Paced())
 """
-"""Each step of a run waits as many seconds as PACE_FILE says, if it is there: its time to be disturbed costs no CPU."""
+"""In the first PACED_STARTS starts of a run each step waits as many seconds as PACE_FILE says, if it is there: the time
+in which it is disturbed costs no CPU."""
 
 
 @dataclass(frozen=True)
 class SlurmRuns(Runs):
     """Training runs by `trainyard submit`, in one directory that shares prepared data."""
 
-    def submit(self, name: str, *options: str, pace_seconds: float = 0.0, **changes: Any) -> str:
-        """Write the recipe and submit it; the job's id."""
+    def submit(
+        self, name: str, *options: str, pace_seconds: float = 0.0, paced_starts: int = 99, **changes: Any
+    ) -> str:
+        """Write the recipe and submit it; the id of the job, of a chain's first one."""
         recipe = self.write_recipe(name, **changes)
         variables = environment()
         if pace_seconds:
             self.pace_file(name).write_text(str(pace_seconds), encoding="utf-8")
             (self.folder / "sitecustomize.py").write_text(PACE, encoding="utf-8")
             path = os.pathsep.join([str(self.folder), variables["PYTHONPATH"]])
-            variables |= {"PACE_FILE": str(self.pace_file(name)), "PYTHONPATH": path}
+            variables |= {"PACE_FILE": str(self.pace_file(name)), "PACED_STARTS": str(paced_starts), "PYTHONPATH": path}
         done = subprocess.run(
             [*CLI, "submit", str(recipe), *options, "--json"],
             cwd=self.folder,
@@ -65,8 +68,7 @@ class SlurmRuns(Runs):
             env=variables,
         )
         assert done.returncode == 0, done.stderr
-        [job] = json.loads(done.stdout)["job_ids"]
-        return job
+        return json.loads(done.stdout)["job_ids"][0]
 
     def pace_file(self, name: str) -> Path:
         return self.folder / f"{name}.pace"

@@ -11,6 +11,8 @@ import pytest
 from live_runs import comparable, trainyard
 from slurm_runs import MINI_CLUSTER, NODES, SlurmRuns, command, fields, scontrol
 
+from launch.submitted import submitted_jobs
+
 OWN_NODES = ("--extra-line", "#SBATCH --nodelist=n[1-2]")
 TWO = ("--nodes", "2", "--processes-per-node", "1")
 SHORT = ("--time", "4", "--extra-line", "#SBATCH --time=2")  # submit itself refuses what leaves no time to save
@@ -35,7 +37,10 @@ def timed(reference: SlurmRuns) -> dict[str, str]:
     only one that changes nothing."""
     options = (*TWO, *OWN_NODES, *SHORT, "--extra-line")
     signals = {"warned": "#SBATCH --signal=USR1@15", "unwarned": "#SBATCH --signal=CONT@1"}
-    return {name: reference.submit(name, *options, line, pace_seconds=6.0, **OFTEN) for name, line in signals.items()}
+    return {
+        name: reference.submit(name, *options, line, pace_seconds=6.0, paced_starts=1, **OFTEN)
+        for name, line in signals.items()
+    }
 
 
 @pytest.mark.full
@@ -66,6 +71,7 @@ def test_signals_preemption_and_lost_processes_and_nodes(reference: SlurmRuns, t
     rank.kill()
     decided("go on", "go on", "failed")
     nodes = trains(3)
+    reference.pace_file(name).write_text("5", encoding="utf-8")  # it must not end before Slurm notices
     slurmd = Path(os.environ["SLURM_CONF"]).with_name(f"{nodes[1]}.pid")
     os.kill(int(slurmd.read_text()), signal.SIGKILL)
     reference.wait_restart(name, job, 4)
@@ -94,8 +100,6 @@ def test_before_the_time_limit_a_run_saves_and_goes_on(
     reference: SlurmRuns, timed: dict[str, str], name: str, words: str
 ) -> None:
     job = timed[name]
-    reference.wait_until(name, job, lambda: bool(reference.decisions(name)))
-    reference.pace_file(name).unlink()
     reference.wait_end(name, job)
     assert reference.decisions(name) == ["go on", "finished"], reference.output(name, job)
     stopped = reference.job_events(name, "job ended")[0]
@@ -126,9 +130,9 @@ def test_a_job_that_cannot_work_fails_once_and_says_why(reference: SlurmRuns) ->
 def test_a_run_of_two_nodes_goes_on_on_one_and_on_three(reference: SlurmRuns) -> None:
     steps = {"train": {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 24, "seed": 3}}
     jobs = {}
-    for nodes in (1, 3):
+    for nodes, chain in ((1, "2"), (3, "1")):
         reference.copy("reference", f"on-{nodes}")
-        options = ("--nodes", str(nodes), "--processes-per-node", "1")
+        options = ("--nodes", str(nodes), "--processes-per-node", "1", "--chain", chain)
         jobs[nodes] = reference.submit(f"on-{nodes}", *options, **steps)
     records = {}
     for nodes, job in jobs.items():
@@ -142,3 +146,8 @@ def test_a_run_of_two_nodes_goes_on_on_one_and_on_three(reference: SlurmRuns) ->
         one, three = records[1][step], records[3][step]
         assert one["sample_digest"] == three["sample_digest"]
         assert one["train/loss"] == pytest.approx(three["train/loss"], abs=2e-3)
+    [*_, submitted] = submitted_jobs(reference.directory("on-1"))
+    first, second = submitted.job_ids
+    reference.wait_end("on-1", second)
+    assert f"nothing to do: job {first} ended with: the run is finished" in reference.output("on-1", second)
+    assert reference.decisions("on-1") == ["finished", "finished"], "of the reference, and of the chain's first job"
