@@ -55,6 +55,10 @@ class SupersededError(RuntimeError):
     """A newer start has taken the run directory over; this one must stop without writing."""
 
 
+class InUseError(ValueError):
+    """Another start owns the run directory and is, or may be, alive."""
+
+
 def compare_recipes(stored: Recipe, new: Recipe) -> list[str]:
     """What a run that goes on changes and is announced, as "field: old -> new".
 
@@ -144,7 +148,7 @@ class RunDirectory:
             stale_seconds: this start may be taken for dead when its heartbeat is older than this; kept in the claim.
 
         Raises:
-            ValueError: another start is alive, named by host, process and Slurm job.
+            InUseError: another start is alive, named by host, process and Slurm job.
         """
         generations = self.path / "generations"
         for folder in (generations, self.path / "heartbeats", self.path / "logs", self.path / "checkpoints"):
@@ -170,7 +174,7 @@ class RunDirectory:
         try:
             os.link(temporary, claim_file(self.path, newest + 1))
         except FileExistsError:
-            raise ValueError(
+            raise InUseError(
                 f"run directory {self.path} was claimed by another start at this moment: try again"
             ) from None
         finally:
@@ -222,7 +226,7 @@ class RunDirectory:
         temporary.replace(self.path / name)
 
     def _refuse_if_alive(self, generation: int) -> bool:
-        """Whether that start, which is stale, may nevertheless go on one day. Raises ValueError while it is alive."""
+        """Whether that start, which is stale, may nevertheless go on one day. Raises InUseError while it is alive."""
         claim = json.loads(claim_file(self.path, generation).read_text(encoding="utf-8"))
         beat = claim
         with contextlib.suppress(FileNotFoundError, ValueError):  # not yet there, or cut short with its host
@@ -235,7 +239,7 @@ class RunDirectory:
         if age > stale_seconds:
             return True
         job = f", Slurm job {claim['job']}" if claim["job"] else ""
-        raise ValueError(
+        raise InUseError(
             f"run directory {self.path} is in use: host {claim['host']}, process {claim['pid']}{job}, alive "
             f"{age:.0f} s ago. Stop it, or wait {stale_seconds:.0f} s after it died"
         )

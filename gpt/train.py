@@ -26,7 +26,7 @@ from gpt.model import build_config, check_frozen
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
-from gpt.run_directory import SupersededError, compare_recipes, stored_recipe
+from gpt.run_directory import InUseError, SupersededError, compare_recipes, stored_recipe
 from gpt.stop_requests import StopRequests
 
 MEETING_SECONDS = 600.0
@@ -164,8 +164,8 @@ def main() -> NoReturn:
             (errors / f"rank_{rank}.stopped").write_text(str(stopped_at), encoding="utf-8")
         code = 0
     except (ValueError, OSError, SupersededError) as error:
-        if isinstance(error, SupersededError):
-            (errors / f"rank_{rank}.superseded").touch()
+        if isinstance(error, SupersededError | InUseError):
+            (errors / f"rank_{rank}.another_start").touch()
         (errors / f"rank_{rank}.txt").write_text(str(error), encoding="utf-8")
         (errors / f"rank_{rank}.details.txt").write_text(traceback.format_exc(), encoding="utf-8")
     except Exception:
@@ -200,11 +200,11 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
     if owner is not None:
         try:
             owner.claim(faults.stale_seconds)
-        except ValueError as error:
+        except InUseError as error:
             refusal = str(error)
     refusal, generation = distributed.broadcast((refusal, owner.generation if owner else 0))
     if refusal is not None:
-        raise ValueError(refusal)
+        raise InUseError(refusal)
     interval = heartbeat_interval(faults.hang_seconds, faults.stale_seconds)
     heartbeat = Heartbeat(recipe.run_directory(), generation, ranks.rank, interval)
     try:

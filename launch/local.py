@@ -132,8 +132,8 @@ class _Outcome:
 
     exit_code: int
     details: dict[str, Any] = field(default_factory=dict)
-    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, superseded, exception, killed, exit,
-    hang) and as far as they are known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, `file` of a traceback."""
+    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, another start, exception, killed,
+    exit, hang) and as far as known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, `file` of a traceback."""
     may_start_again: bool = False
     """Whether another start may help."""
 
@@ -357,7 +357,7 @@ def _explain(
         return _Outcome(HANG_EXIT_CODE, found, may_start_again=True), [place, f"trainyard: error: {hang}"]
     refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(logs.glob("rank_*[0-9].txt"))]
     if refusals := list(dict.fromkeys(refusals)):
-        failure = "superseded" if any(logs.glob("rank_*.superseded")) else "refused"
+        failure = "another start" if any(logs.glob("rank_*.another_start")) else "refused"
         found = {"failure": failure, "reason": "; ".join(refusals)}
         return _Outcome(1, found), [f"trainyard: error: {sentence}" for sentence in refusals]
     tracebacks = {_rank_of(file): file for file in logs.glob("rank_*.traceback.txt")}

@@ -101,7 +101,7 @@ def newest_outcome(facts: RunFacts) -> Event | None:
     since = facts.claim.get("time", 0.0)
     restart = facts.last("restart")
     since = max(since, restart["time"]) if restart is not None else since
-    found = [o for o in facts.outcomes if o["time"] >= since and o.get("failure") != "superseded"]
+    found = [o for o in facts.outcomes if o["time"] >= since and o.get("failure") != "another start"]
     unclaimed = [o for o in found if o["generation"] is None and o.get("failure") == "refused"]
     refused = [outcome for outcome in unclaimed if outcome["time"] > (facts.last_sign or 0.0)]
     # a rank whose peer on another host has died fails, too, in other words
@@ -252,7 +252,7 @@ def _remarks(facts: RunFacts, state: State) -> list[str]:
         remarks += [
             f"another start was refused at {clock(outcome['time'])}: {outcome['reason']}"
             for outcome in facts.outcomes[-1:]
-            if outcome["generation"] is None and outcome.get("failure") == "refused"
+            if outcome["generation"] is None and outcome.get("failure") in ("refused", "another start")
         ]
     return remarks
 

@@ -13,6 +13,7 @@ import psutil
 from gpt.heartbeat import Sign, find_behind, heartbeat_file
 from launch.run_facts import Event, RunFacts, read_facts
 from launch.status import State, clock, duration, is_alive, judge
+from launch.submitted import is_sweep, read_sweep
 
 TRACEBACK_LINES = 4
 SPARE_BYTES = 16 * 2**20
@@ -49,6 +50,9 @@ def explain(run: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: `run` is no run directory.
     """
+    if is_sweep(run):
+        names = ", ".join(str(place) for place, _ in read_sweep(run))
+        raise ValueError(f"{run} is a sweep's folder: ask for one of its runs, {names}")
     facts = read_facts(run)
     state = judge(facts)
     judges: dict[str, Callable[[RunFacts, State], Explanation]] = {
@@ -293,10 +297,10 @@ def _heartbeats(facts: RunFacts) -> list[dict[str, str]]:
 
 
 def _history(facts: RunFacts) -> list[dict[str, str]]:
-    """Restarts, what the job script decided, and a start whose place the newest one has taken."""
+    """Restarts, what the job script decided, and a start that found the run to be another one's."""
     found = [event for event in facts.events if event["event"] in ("restart", "job ended")]
-    superseded = [outcome for outcome in facts.outcomes if outcome.get("failure") == "superseded"]
-    return [_said(event) for event in [*found[-3:], *superseded[-1:]]]
+    others = [outcome for outcome in facts.outcomes if outcome.get("failure") == "another start"]
+    return [_said(event) for event in [*found[-3:], *others[-1:]]]
 
 
 def _job(facts: RunFacts) -> list[dict[str, str]]:

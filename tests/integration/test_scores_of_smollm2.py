@@ -53,8 +53,9 @@ print(json.dumps({
 
 @pytest.mark.full
 @pytest.mark.skipif(MODEL is None, reason="TRAINYARD_SMOLLM2 is not set; tests/real_models.sh fetches the model")
-def test_scores_of_a_real_model_are_those_of_plain_transformers(shop: Shop) -> None:
+def test_scores_of_a_real_model_are_those_of_plain_transformers(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MODEL is not None
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     text = (EMBEDDED / "shakespeare" / "validation" / "macbeth.txt").read_text(encoding="utf-8")[4000:7000]
     (shop.folder / "play.txt").write_text(text, encoding="utf-8")
     (shop.folder / "independent.py").write_text(INDEPENDENT, encoding="utf-8")

@@ -252,6 +252,14 @@ def test_streaming_never_prints_half_a_character(chat_folder: Path, capsys: pyte
     assert capsys.readouterr().out == "a"
 
 
+def test_answers_are_shown_as_they_are_made(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Scripted(monkeypatch, chat_folder, ["Fine.<|im_end|>", "cut at é"])
+    generate(chat_folder, ["How are you?", "And"], stream=True)
+    assert capsys.readouterr().out == "How are you?\n  Fine.\nAnd\n  cut at é …\n"
+
+
 def test_refusals(tmp_path: Path, chat_folder: Path, text_folder: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"run is not a Hugging Face model folder.*it is a run directory"):

@@ -21,7 +21,19 @@ def trainyard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nothing",), ("train",), ("export", "runs/x"), ("train", "x.yaml", "--nodes", "two")]
+    "arguments",
+    [
+        ("nothing",),
+        ("train",),
+        ("export", "runs/x"),
+        ("train", "x.yaml", "--nodes", "two"),
+        ("generate", "m"),
+        ("generate", "m", "--prompt", "x", "--prompts", "f", "--out", "o"),
+        ("generate", "m", "--prompts", "f"),
+        ("evaluate", "m"),
+        ("evaluate", "m", "--data", "d", "--task", "t"),
+        ("evaluate", "m", "--data", "d", "--predictions", "p"),
+    ],
 )
 def test_wrong_arguments_are_exit_code_2(arguments: tuple[str, ...]) -> None:
     done = trainyard(*arguments)

@@ -59,6 +59,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(PROJECT)]))
     monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("TRAINYARD_RECIPE", raising=False)
 
     def write(code: str) -> None:
@@ -409,16 +410,19 @@ def test_workers_end_with_a_launcher_that_is_killed(worker: Any, recipe: Recipe,
         time.sleep(0.05)
 
 
-def test_a_build_lock_of_a_killed_run_is_removed_with_a_line(
-    recipe: Recipe, worker: Any, capfd: pytest.CaptureFixture[str]
+def test_a_build_lock_of_a_killed_run_is_removed_and_the_users_settings_are_shown(
+    recipe: Recipe, worker: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     worker("print(os.environ['TORCH_EXTENSIONS_DIR'])")
     assert local.run_workers(recipe, processes=1) == 0
     lock = Path(capfd.readouterr().out.splitlines()[-1]) / "some_op" / "lock"  # behind a line on the user's settings
     lock.parent.mkdir(parents=True)
     lock.touch()
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
     assert local.run_workers(recipe, processes=1) == 0
-    assert f"removed the build lock {lock}" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert f"removed the build lock {lock}" in err
+    assert out.startswith("environment: your own settings stay: OMP_NUM_THREADS=77 (Trainyard's: ")
     assert not lock.exists()
 
 

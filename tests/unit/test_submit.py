@@ -1,5 +1,6 @@
 """`trainyard submit`: what the scripts hold, what is refused before Slurm hears of it, what is handed over."""
 
+import functools
 import json
 import os
 import re
@@ -11,11 +12,12 @@ from typing import Any
 import golden_scripts
 import pytest
 import yaml
+from huggingface_hub import snapshot_download as REAL_DOWNLOAD
 from recipe_samples import PreparedData, recipe_content
 from typer.testing import CliRunner
 
 from gpt.recipe_file import PROJECT_ROOT, load_recipe
-from launch import cli, slurm, submit
+from launch import cli, hub, slurm, submit
 from launch.slurm import Lead, Request, Task
 from launch.submitted import read_sweep, submitted_jobs
 
@@ -492,7 +494,11 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prepared_data: Prep
     return asked
 
 
-def test_what_the_hub_has_is_fetched_here(recipe: Path, login_node: Path, fetched: list[str], tmp_path: Path) -> None:
+def test_what_the_hub_has_is_fetched_here(
+    recipe: Path, login_node: Path, fetched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpt.train import check
+
     recipe.write_text(
         yaml.safe_dump(
             yaml.safe_load(recipe.read_text())
@@ -505,6 +511,12 @@ def test_what_the_hub_has_is_fetched_here(recipe: Path, login_node: Path, fetche
     assert frozen.model.pretrained == "some/model"  # found in the cache by its name
     assert frozen.tokenizer == str(tmp_path / "hub" / "models--some--tokenizer" / "snapshots" / "0123abc")
     assert "\nexport HF_HUB_OFFLINE=1" in answer["scripts"]["job.sbatch"]
+    # and in the job the hub's own code finds it without a network
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", functools.partial(REAL_DOWNLOAD, cache_dir=tmp_path / "hub")
+    )
+    assert hub.fetch(frozen) == frozen
+    assert check(frozen, 4).config.vocab_size == 300
 
 
 @pytest.mark.parametrize(
