@@ -4,13 +4,15 @@ What the rest of `gpt` needs from them is a small function here, so that a reade
 """
 
 import contextlib
-import datetime
 import io
+import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -35,6 +37,53 @@ class Ranks:
         return self.rank == 0
 
 
+class Meeting:
+    """What ranks tell one another before they are a process group: by the store of the launcher's agent, which all of
+    them reach. Values are JSON.
+
+    Args:
+        timeout_seconds: how long a rank waits for another one's word.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+        numbers = [int(os.environ[name]) for name in variables]
+        self.rank, self.world_size, self.local_rank, self.local_ranks, self.node, self.nodes = numbers
+        self._timeout_seconds = timeout_seconds
+        place, timeout = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=timeout_seconds)
+        store = torch.distributed.TCPStore(*place, is_master=False, timeout=timeout, wait_for_workers=False)
+        self._store = torch.distributed.PrefixStore("meeting", store)
+
+    @property
+    def asked_ranks(self) -> int:
+        """Ranks of the whole run, as the launcher of this host was told."""
+        return self.local_ranks * self.nodes
+
+    def tell(self, name: str, value: Any, of: int) -> None:
+        """Say something once, under a name and a number (of a rank or of a host)."""
+        self._store.set(f"{name}/{of}", json.dumps(value))
+
+    def hear(self, name: str, of: int) -> Any:
+        """What was or will be told under that name and number. Raises ConnectionError when nobody does."""
+        try:
+            return json.loads(self._store.get(f"{name}/{of}"))
+        except torch.distributed.DistError as error:
+            raise ConnectionError(
+                f"nothing was heard of the {name} of number {of} in {self._timeout_seconds:.0f} s: {error}"
+            ) from error
+
+    def collect(self, name: str, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on rank 0; an empty list on the others, which do not wait."""
+        self.tell(name, value, self.rank)
+        return [self.hear(name, rank) for rank in range(self.world_size)] if self.rank == 0 else []
+
+    def broadcast(self, name: str, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.rank == 0:
+            self.tell(name, value, 0)
+        return self.hear(name, 0)
+
+
 def start(timeout_seconds: float = 1800.0) -> Ranks:
     """Join the process group that torchrun's environment variables describe: NCCL for CUDA devices, else gloo.
 
@@ -48,7 +97,7 @@ def start(timeout_seconds: float = 1800.0) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an extension was built
-        timeout = datetime.timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds)
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timeout)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
@@ -395,6 +444,27 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     return everyone
 
 
+def timed_all_reduce(ranks: Ranks, elements: int, repetitions: int) -> tuple[bool, float]:
+    """Add up known fp32 numbers over all ranks: (whether every element came out right here, seconds of one time)."""
+    # whole numbers below 2^24, so that the sum is exact in any order
+    pattern = torch.arange(elements, dtype=torch.float32, device=ranks.device) % 1009
+    expected = pattern * ranks.world_size + ranks.world_size * (ranks.world_size - 1) // 2
+    right, seconds = True, 0.0
+    for _ in range(repetitions):
+        mine = pattern + ranks.rank
+        torch.distributed.barrier()
+        started = time.perf_counter()
+        torch.distributed.all_reduce(mine)
+        right = bool(torch.equal(mine, expected)) and right  # which waits for a GPU, too
+        seconds += time.perf_counter() - started
+    return right, seconds / repetitions
+
+
 def supports_fp16() -> bool:
     """Whether the device computes in fp16 as far as DeepSpeed knows."""
     return bool(deepspeed.accelerator.get_accelerator().is_fp16_supported())
+
+
+if __name__ == "__main__":  # see launch.prebuild
+    start()
+    stop()

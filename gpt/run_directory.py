@@ -5,6 +5,7 @@ NFS too. A start is refused while the last one is alive; a generation that is no
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -64,7 +65,7 @@ def compare_recipes(stored: Recipe, new: Recipe) -> list[str]:
     Raises:
         ValueError: a field differs that may not change, naming field, old and new value.
     """
-    old_values, new_values = _flatten(stored.model_dump()), _flatten(new.model_dump())
+    old_values, new_values = flatten(stored.model_dump()), flatten(new.model_dump())
     announced: list[str] = []
     refused: list[str] = []
     for field in sorted(old_values.keys() | new_values.keys()):
@@ -82,14 +83,15 @@ def compare_recipes(stored: Recipe, new: Recipe) -> list[str]:
 
 def changes_of_schedule(stored: dict[str, Any], new: Recipe) -> bool:
     """Whether a recipe differs from a stored one (its `model_dump`) in what may change with a printed line."""
-    old_values, new_values = _flatten(stored), _flatten(new.model_dump())
+    old_values, new_values = flatten(stored), flatten(new.model_dump())
     return any(old_values.get(field) != new_values.get(field) for field in ANNOUNCED_FIELDS)
 
 
-def _flatten(node: Any, place: str = "") -> dict[str, Any]:
+def flatten(node: Any, place: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by their keys joined with dots."""
     if not isinstance(node, dict):
         return {place: node}
-    return {k: v for key, child in node.items() for k, v in _flatten(child, f"{place}.{key}".lstrip(".")).items()}
+    return {k: v for key, child in node.items() for k, v in flatten(child, f"{place}.{key}".lstrip(".")).items()}
 
 
 def _is_in(field: str, sections: tuple[str, ...]) -> bool:
@@ -296,6 +298,7 @@ def package_versions() -> dict[str, str | None]:
     return versions | {"git_commit": _git_commit()}
 
 
+@functools.cache
 def _git_commit() -> str | None:
     """Commit of the checkout that runs, with "+changes" when files differ from it; None outside a git checkout."""
 

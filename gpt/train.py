@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +28,9 @@ from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
 from gpt.run_directory import InUseError, SupersededError, compare_recipes, stored_recipe
 from gpt.stop_requests import StopRequests
+
+MEETING_SECONDS = 600.0
+"""How long a rank waits for the others at the start, see launch/watch.py."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,7 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     Raises:
         FileNotFoundError, ValueError: whatever does not fit, in one sentence.
     """
-    stored = stored_recipe(recipe.run_directory())
-    changes = compare_recipes(stored, recipe) if stored is not None else []
+    changes = changes_since(recipe)
     tokenizer = load_tokenizer(Path(recipe.tokenizer))
     length = recipe.data.sequence_length
     training = open_training_data(recipe)
@@ -94,6 +96,12 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     return plan
 
 
+def changes_since(recipe: Recipe) -> list[str]:
+    """What differs from the recipe of the run that its directory holds. Raises ValueError for what may not."""
+    stored = stored_recipe(recipe.run_directory())
+    return compare_recipes(stored, recipe) if stored is not None else []
+
+
 def open_training_data(recipe: Recipe) -> TrainingStream:
     """The recipe's training stream: its sources, stages and packing."""
     data = recipe.data
@@ -108,8 +116,8 @@ def open_training_data(recipe: Recipe) -> TrainingStream:
 
 
 def check(recipe: Recipe, world_size: int) -> RunPlan:
-    """What the launcher does before it starts processes: `plan_run`, a look at every data file, and at the room for
-    checkpoints."""
+    """`plan_run`, a look at every data file, and at the budget for checkpoints. The launcher does it before it starts
+    processes; of a run on several hosts one rank of each, so that all of them hear what is wrong on one."""
     from gpt.checkpoint.retention import check_budget
     from gpt.model import elements_of
 
@@ -133,7 +141,8 @@ def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
 
 
 def main() -> NoReturn:
-    """One rank, started by the launcher: the recipe is in TRAINYARD_RECIPE, torchrun's variables name the rank.
+    """One rank, started by the launcher: the recipe is in TRAINYARD_RECIPE, torchrun's variables name the rank. With
+    the argument "preflight" it only looks whether the run will work, and leaves its report beside its errors.
 
     What is refused is written to TRAINYARD_ERROR_DIRECTORY as one sentence, a crash as its traceback, for the launcher
     to print once; the exit code is 1 in both cases. A requested stop leaves its step there and the exit code 0, because
@@ -146,7 +155,11 @@ def main() -> NoReturn:
     code = 1
     try:
         recipe = parse_recipe(json.loads(os.environ["TRAINYARD_RECIPE"]), "from the launcher")
-        stopped_at = run(recipe, stop_requests.requested)
+        if sys.argv[1:] == ["preflight"]:
+            look(recipe, errors / "preflight.json")
+            stopped_at = None
+        else:
+            stopped_at = run(recipe, stop_requests.requested)
         if stopped_at is not None:
             (errors / f"rank_{rank}.stopped").write_text(str(stopped_at), encoding="utf-8")
         code = 0
@@ -170,11 +183,18 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
 
     Returns the step after which a requested stop ended it, None where it came to its end.
     """
-    from gpt import distributed
+    from gpt import distributed, preflight
     from gpt.run_directory import RunDirectory
 
     faults = recipe.faults
+    plan, items = _look_before(recipe, all_files=False)
+    preflight.refuse(items)
+    assert plan is not None
     ranks = distributed.start(max(1800.0, 2 * faults.hang_seconds))
+    items += preflight.check_collectives(ranks, size_bytes=4 * 2**20, repetitions=1)
+    preflight.refuse(items)
+    if ranks.is_first and ranks.world_size > 1:
+        print("\n".join(preflight.describe(items)), flush=True)
     owner = RunDirectory(recipe.run_directory()) if ranks.is_first else None
     refusal = None
     if owner is not None:
@@ -188,15 +208,63 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
     interval = heartbeat_interval(faults.hang_seconds, faults.stale_seconds)
     heartbeat = Heartbeat(recipe.run_directory(), generation, ranks.rank, interval)
     try:
-        stopped_at = _run_claimed(recipe, ranks, owner, heartbeat, stop_requested)
+        plan = replace(plan, changes=changes_since(recipe))  # another start may have come and gone before the claim
+        stopped_at = _run_claimed(plan, ranks, owner, heartbeat, stop_requested)
     finally:
         heartbeat.end()
     distributed.stop()
     return stopped_at
 
 
+def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, list[Any]]:
+    """The plan, and what all ranks together found before they are a process group; without a plan it has failed."""
+    from gpt import distributed, preflight
+
+    meeting = distributed.Meeting(MEETING_SECONDS)
+    plan = data = needs = problem = None
+    try:
+        look_at_files = meeting.local_rank == 0 and (all_files or meeting.nodes > 1)  # else the launcher has done it
+        plan = (check if look_at_files else plan_run)(recipe, meeting.world_size)
+        streams = [stream.fingerprint for stream in (plan.training, plan.validation) if stream is not None]
+        data = ", ".join([*streams, tokenizer_fingerprint(Path(recipe.tokenizer))])
+        if meeting.rank == 0:
+            needs = _needs(plan, meeting.world_size)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    return plan, preflight.check_before(meeting, recipe, problem, data, needs)
+
+
+def _needs(plan: RunPlan, world_size: int) -> Any:
+    """What the run takes; None, with a warning, for a model that cannot be made without memory to count its weights."""
+    from gpt.model import elements_of
+    from gpt.preflight import Needs
+
+    try:
+        elements = elements_of(plan.config)
+    except RuntimeError as error:
+        print(f"warning: whether memory and disk suffice is not known: {error}", flush=True)
+        return None
+    return Needs.of(plan.recipe, elements, plan.schedule.total_steps, plan.deepspeed, world_size)
+
+
+def look(recipe: Recipe, report: Path) -> None:
+    """The command `trainyard preflight` on this rank: everything that a start looks at, all data files, and a longer
+    all-reduce. The first rank of each host writes the report."""
+    from gpt import distributed, preflight
+
+    plan, items = _look_before(recipe, all_files=True)
+    if preflight.can_meet(items):
+        ranks = distributed.start(MEETING_SECONDS)
+        items += preflight.check_collectives(ranks, size_bytes=64 * 2**20, repetitions=3)
+        distributed.stop()
+    else:
+        items.append(preflight.Item("all-reduce", "skipped", "not tried before the others are well"))
+    if os.environ["LOCAL_RANK"] == "0":
+        preflight.write_report(report, items, plan.describe() if plan is not None else [])
+
+
 def _run_claimed(
-    recipe: Recipe, ranks: Any, owner: Any, heartbeat: Heartbeat, stop_requested: Callable[[], bool]
+    plan: RunPlan, ranks: Any, owner: Any, heartbeat: Heartbeat, stop_requested: Callable[[], bool]
 ) -> int | None:
     from gpt import distributed
     from gpt.metrics import flops_per_token, measure_matmul_flops
@@ -205,7 +273,7 @@ def _run_claimed(
     from gpt.resume import load_newest, resume, samples_left_out
     from gpt.trainer import BatchSource, Trainer
 
-    plan = plan_run(recipe, ranks.world_size)
+    recipe = plan.recipe
     if recipe.precision == "fp16" and not distributed.supports_fp16():
         raise ValueError("precision is fp16, which this device does not support: use bf16 or fp32")
     if owner is not None:

@@ -264,9 +264,42 @@ def train(
         processes, reason = default_processes()
         print(f"processes: {processes} ({reason})", flush=True)
     with refusals_recorded(resolved.run_directory()):
-        check(resolved, processes * nodes)
+        if nodes == 1:  # else the ranks do, so that the other hosts do not wait for one that was refused here
+            check(resolved, processes)
         code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     raise typer.Exit(code)
+
+
+@app.command()
+def preflight(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, as for `train`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Worker processes here; default: one per GPU, else 2.")] = None,
+    nodes: Annotated[int, typer.Option(help="Hosts of the run; this command is started on each.")] = 1,
+    node_rank: Annotated[int, typer.Option(help="This host's number, from 0.")] = 0,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Address of host 0, for nodes > 1.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look whether a run will work, with the ranks that it will have: hosts, versions, network, disk, memory, data.
+
+    All that fails is said together, with its host and what to do. Nothing is trained, and the run is not touched.
+
+    Example: `trainyard preflight recipe.yaml --nodes 2 --node-rank 0 --rendezvous 10.0.0.1:29500`
+    """
+    from gpt.recipe_file import load_recipe
+
+    with _answer(as_json) as answer:
+        resolved = load_recipe(recipe, overrides or [])
+        from launch.preflight import print_report, run_preflight
+
+        report = run_preflight(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+        answer(report)
+        if not as_json:
+            print_report(report)
+    if report["failed"]:
+        raise typer.Exit(1)
 
 
 def _stop_before_start(number: int, frame: Any) -> None:

@@ -133,12 +133,10 @@ def extensions_directory(has_cuda: bool) -> Path:
 
     Two installations have one each: the paths of their headers differ, and each would build the other's anew.
     """
-    build = (
-        f"py{sys.version_info.major}.{sys.version_info.minor}-{xxhash.xxh3_64_hexdigest(sys.prefix.encode())[:8]}-torch{version('torch')}"
-        f"-deepspeed{version('deepspeed')}-{'cuda' if has_cuda else 'cpu'}"
-    )
+    python = f"py{sys.version_info.major}.{sys.version_info.minor}-{xxhash.xxh3_64_hexdigest(sys.prefix.encode())[:8]}"
+    libraries = f"torch{version('torch')}-deepspeed{version('deepspeed')}-{'cuda' if has_cuda else 'cpu'}"
     host = re.sub(r"[^A-Za-z0-9._-]", "_", platform.node()) or "unnamed"
-    return cache_directory() / "extensions" / host / build
+    return cache_directory() / "extensions" / host / f"{python}-{libraries}"
 
 
 @contextlib.contextmanager
@@ -176,25 +174,40 @@ def _built(folder: Path) -> list[Path]:
 def clear_stale_build_locks(folder: Path) -> list[Path]:
     """Remove build locks that no live process of this host holds; returns the removed ones.
 
-    torch marks a build by the existence of `<extension>/lock`, which the builder keeps open, and waits for its removal
-    without end (torch/utils/file_baton.py): a builder that was killed blocks every later start. A lock that a live
-    process holds stays, and torch waits for it. Where there is no /proc, nothing is removed.
+    Raises:
+        OSError: one cannot be removed.
     """
-    locks = sorted(folder.glob("*/lock")) if Path("/proc/self/fd").is_dir() else []
-    if not locks:
-        return []
-    held = set(_open_files())
     removed = []
-    for lock in locks:
+    for lock in stale_build_locks(folder):
         try:
-            status = lock.stat()
-            if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) in held:
-                continue
             lock.unlink()
         except FileNotFoundError:  # its builder finished meanwhile, or another start removed it
             continue
+        except OSError as error:
+            raise OSError(
+                f"the build lock {lock}, which a killed run left behind, cannot be removed ({error.strerror}), and "
+                "every start would wait for it: remove it, or set TRAINYARD_CACHE to a folder of your own"
+            ) from error
         removed.append(lock)
     return removed
+
+
+def stale_build_locks(folder: Path) -> list[Path]:
+    """Build locks that no live process of this host holds.
+
+    torch marks a build by the existence of `<extension>/lock`, which the builder keeps open, and waits for its removal
+    without end (torch/utils/file_baton.py): a builder that was killed blocks every later start. A lock that a live
+    process holds is none: torch waits for it. Where there is no /proc, none is found.
+    """
+    locks = sorted(folder.glob("*/lock")) if Path("/proc/self/fd").is_dir() else []
+    held = set(_open_files()) if locks else set()
+    stale = []
+    for lock in locks:
+        with contextlib.suppress(FileNotFoundError):  # its builder finished meanwhile
+            status = lock.stat()
+            if stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in held:
+                stale.append(lock)
+    return stale
 
 
 def _open_files() -> Iterator[tuple[int, int]]:

@@ -48,5 +48,8 @@ install_trainyard() {
     echo "trainyard: the fast tokenizer engines cannot be installed here; going on without them ..." >&2
     "${install[@]}" --editable ".[test,lint,serve]"
   }
+  # DeepSpeed compiles an extension at its first start, which takes half a minute: the first run need not wait for it.
+  echo "Compiling DeepSpeed's extension ..."
+  .venv/bin/python -m launch.prebuild || fail "DeepSpeed's extension cannot be compiled: the compiler's words are above"
   echo "$wanted" >"$stamp"
 }

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ def run_workers(
             stack.enter_context(signs.exchanged())
         try:
             for restart in range(restarts + 1):
-                stop.directory = log_directory(recipe.run_directory(), restart)
+                stop.directory = _make_log_directory(recipe.run_directory(), restart, nodes)
                 if stop.received:  # while no worker was there to hear of it
                     print("trainyard: stopped on request; the same command goes on from there", file=sys.stderr)
                     reason = "stopped on request while no rank ran"
@@ -115,6 +116,16 @@ def run_workers(
     raise AssertionError("the last start returns")
 
 
+def _make_log_directory(run: Path, restart: int, nodes: int) -> Path:
+    try:
+        return log_directory(run, restart)
+    except OSError:
+        if nodes == 1:
+            raise
+        # the ranks find the same, and tell those of the other hosts, which would wait for this one
+        return Path(tempfile.mkdtemp(prefix="trainyard-"))
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """How a group of workers ended."""
@@ -130,8 +141,22 @@ class _Outcome:
         return "stopped" if self.exit_code == STOPPED_EXIT_CODE else "failed"
 
 
+def run_preflight(
+    recipe: "Recipe", directory: Path, *, processes: int, nodes: int, node_rank: int, rendezvous: str | None
+) -> int:
+    """Start this host's workers for a look at whether the run will work; arguments and exit code as `run_workers`.
+
+    `directory` takes their logs and the report `preflight.json`; nothing is written into the run directory.
+    """
+    route = _find_route(processes, nodes, node_rank, rendezvous)
+    ranks = range(node_rank * processes, (node_rank + 1) * processes)
+    with _host_environment(route):
+        config = _launch_config(recipe, processes, nodes, node_rank, route)
+        return _run_group(recipe, config, ranks, directory, None, "preflight").exit_code
+
+
 def _run_group(
-    recipe: "Recipe", config: LaunchConfig, ranks: range, directory: Path, signs: HostSigns | None
+    recipe: "Recipe", config: LaunchConfig, ranks: range, directory: Path, signs: HostSigns | None, *arguments: str
 ) -> _Outcome:
     """Start the workers once and wait for their end; what went wrong is said on stderr."""
     logs = RankLogs(directory)
@@ -141,7 +166,7 @@ def _run_group(
     with _environment_for(recipe, len(ranks), directory):
         try:
             with shown_on_terminal(logs), watch.watching(), _blocked_in_this_thread():
-                elastic_launch(config, sys.executable)("-P", "-m", WORKER_MODULE)
+                elastic_launch(config, sys.executable)("-P", "-m", WORKER_MODULE, *arguments)
         except ChildFailedError as error:
             outcome, lines = _explain(error.failures, directory, watch.hang, oom_kills_before)
             print("\n".join(lines), file=sys.stderr, flush=True)

@@ -73,6 +73,15 @@ def kept_steps(settings: Checkpoint, losses: Mapping[int, float | None]) -> set[
     return kept
 
 
+def planned_checkpoints(settings: Checkpoint, total_steps: int) -> tuple[int, int]:
+    """How many there will be at most: (whole ones, with the one that is being written; those of weights only)."""
+    every = settings.every_steps or total_steps
+    forever = total_steps // math.lcm(every, settings.keep_every_steps) if settings.keep_every_steps else 0
+    kept = min(settings.keep_last + (settings.keep_best or 0) + forever, -(-total_steps // every))
+    whole = min(kept, settings.weights_only_after or kept)
+    return whole + 1, kept - whole
+
+
 def check_budget(settings: Checkpoint, run: Path, parameters: int, total_steps: int) -> None:
     """Before a run: does what it will keep, and the checkpoint that is being written, fit `budget_bytes` and the disk?
 
@@ -81,11 +90,8 @@ def check_budget(settings: Checkpoint, run: Path, parameters: int, total_steps: 
     """
     if settings.budget_bytes is None:
         return
-    every = settings.every_steps or total_steps
-    forever = total_steps // math.lcm(every, settings.keep_every_steps) if settings.keep_every_steps else 0
-    kept = min(settings.keep_last + (settings.keep_best or 0) + forever, -(-total_steps // every))
-    whole = min(kept, settings.weights_only_after or kept) + 1
-    needed = parameters * (BYTES_PER_ELEMENT * whole + WEIGHTS_BYTES_PER_ELEMENT * (kept + 1 - whole))
+    whole, reduced = planned_checkpoints(settings, total_steps)
+    needed = parameters * (BYTES_PER_ELEMENT * whole + WEIGHTS_BYTES_PER_ELEMENT * reduced)
     there = sum(_size(checkpoint_directory(run, step)) for step in list_checkpoints(run))
     folder = next(parent for parent in (run, *run.absolute().parents) if parent.exists())
     room = min(settings.budget_bytes, there + shutil.disk_usage(folder).free)
@@ -93,7 +99,7 @@ def check_budget(settings: Checkpoint, run: Path, parameters: int, total_steps: 
         what = "checkpoint.budget_bytes is" if room == settings.budget_bytes else "with the disk's free space there are"
         raise ValueError(
             f"checkpoints of {parameters:,} parameters will take up to {needed:,} bytes ({whole} whole ones, the one "
-            f"being written among them, and {kept + 1 - whole} of weights only), but {what} {room:,}: keep fewer, make "
+            f"being written among them, and {reduced} of weights only), but {what} {room:,}: keep fewer, make "
             f"room or raise the budget"
         )
 

@@ -43,7 +43,8 @@ def write_live_weights(finished: trainer.Trainer) -> None:
 
 def run_rank(recipe_file: Path, rank: int, world_size: int, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(LOCAL_WORLD_SIZE=str(world_size), GROUP_RANK="0", GROUP_WORLD_SIZE="1")
     fit = trainer.Trainer.fit
 
     def fit_and_write(self: trainer.Trainer) -> None:
@@ -78,9 +79,12 @@ def main(cases: list[str]) -> None:
                     traceback.print_exc()
                     os._exit(1)
             children.append(child)
+        # as the launcher's agent has one; after the forks, since its thread must not be forked; the ranks wait for it
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
             sys.exit(f"{case}: the ranks ended with {codes}")
+        del store
 
 
 if __name__ == "__main__":

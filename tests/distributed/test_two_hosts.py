@@ -1,5 +1,6 @@
 """Two hosts, as far as the network goes: two network namespaces with their own addresses and a link between them."""
 
+import json
 import re
 import subprocess
 import time
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from live_runs import Live, Runs, comparable
+from test_preflight import preflight_of
 
 HANG_SECONDS = 8.0
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -102,3 +104,22 @@ def test_a_host_that_is_cut_off_is_named_and_the_run_goes_on_when_it_is_back(ref
         assert live.process.wait(timeout=120) == 0, live.log.read_text()
     assert re.search(r"resumed at step 10, .*PASS", whole[0].log.read_text(), re.DOTALL)
     assert comparable(reference.metrics("cut")) == comparable(reference.metrics("reference"))
+
+
+@pytest.mark.full
+def test_preflight_names_a_wrong_interface(runs: Runs, hosts: Hosts) -> None:
+    """Host 1's ranks would use the loopback interface."""
+    recipe = runs.write_recipe("wrong-interface")
+    looks = [
+        preflight_of(runs, recipe, node, f"{ADDRESSES[0]}:29512", prefix=("ip", "netns", "exec", name), **variables)
+        for (node, name), variables in zip(enumerate(hosts.names), ({}, {"GLOO_SOCKET_IFNAME": "lo"}), strict=True)
+    ]
+    answers = [look.communicate(timeout=100) for look in looks]
+    assert [look.returncode for look in looks] == [1, 1], answers
+    for report in (json.loads(out) for out, _ in answers):
+        first, second = (item["message"] for item in report["items"] if item["state"] == "failed")
+        assert re.match(rf"rank 0 on \S+@{ADDRESSES[0]}: from {ADDRESSES[0]} \(.*=veth0\) it does not reach 127", first)
+        assert re.match(
+            rf"rank 1 on \S+@{ADDRESSES[1]}: from 127.0.0.1 \(.*=lo\) it does not reach {ADDRESSES[0]}", second
+        )
+        assert "Set GLOO_SOCKET_IFNAME on each to the interface between the hosts" in second

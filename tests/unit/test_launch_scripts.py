@@ -70,23 +70,29 @@ def test_installs_the_tested_versions_once(checkout: Path) -> None:
     assert install(checkout).returncode == 0
     arguments = (checkout / "installed.txt").read_text().splitlines()
     fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,serve,fast]"
-    assert arguments == [f"-m pip install --quiet --constraint constraints.txt {fast}"]
+    assert arguments == [f"-m pip install --quiet --constraint constraints.txt {fast}", "-m launch.prebuild"]
     with (checkout / "constraints.txt").open("a") as file:
         file.write("another==1\n")
     assert install(checkout).returncode == 0
-    assert len((checkout / "installed.txt").read_text().splitlines()) == 2
+    assert len((checkout / "installed.txt").read_text().splitlines()) == 4
 
 
 def test_without_wheels_of_the_fast_engines_the_rest_is_installed(checkout: Path) -> None:
     done = install(checkout, FAILS=",fast]")
     assert done.returncode == 0
     assert "fast tokenizer engines cannot be installed here" in done.stderr
-    last = (checkout / "installed.txt").read_text().splitlines()[-1]
+    *_, last, _ = (checkout / "installed.txt").read_text().splitlines()
     assert last == "-m pip install --quiet --constraint constraints.txt --editable .[test,lint,serve]"
     assert (checkout / ".venv" / "trainyard-installed").is_file()
     assert install(checkout, FAILS=".[test,lint,serve").returncode == 0  # nothing to do
     (checkout / ".venv" / "trainyard-installed").unlink()
     assert install(checkout, FAILS=".[test,lint,serve").returncode != 0
+    assert not (checkout / ".venv" / "trainyard-installed").exists()
+
+
+def test_an_extension_that_cannot_be_compiled_is_no_installation(checkout: Path) -> None:
+    done = install(checkout, FAILS="launch.prebuild")
+    assert done.returncode == 1 and "DeepSpeed's extension cannot be compiled" in done.stderr
     assert not (checkout / ".venv" / "trainyard-installed").exists()
 
 
