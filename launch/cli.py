@@ -11,11 +11,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from launch import model_commands
+from launch.console import AsJson, answering, print_values, progress_bar
 
 app = typer.Typer(
     name="trainyard",
@@ -25,27 +27,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="From raw text to a chat model that can be served.",
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
-ModelFolder = Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: always the most likely token.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")]
-SamplingSeed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
-AsChat = Annotated[
-    bool | None, typer.Option("--as-chat/--as-text", help="Default: chat where the folder has a chat template.")
-]
-Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as the weights are stored.")]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(help="auto (GPUs, then host memory, then disk), sequential, or a device; default: auto with a GPU."),
-]
-HostMemory = Annotated[
-    float | None, typer.Option(help="With --device-map auto: host memory for weights, the rest stays on disk.")
-]
-OffloadFolder = Annotated[
-    Path | None, typer.Option(help="For weights on disk that cannot be read in place; default: a temporary folder.")
-]
 
 
 def main() -> None:
@@ -57,42 +38,6 @@ def main() -> None:
             raise
         print(f"trainyard: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
-
-
-@contextlib.contextmanager
-def _answer(as_json: bool) -> Iterator[Callable[[Any], None]]:
-    """Gives the function that prints a command's answer.
-
-    With --json, what libraries print on stdout (also from C++) goes to stderr, and the answer is all that stdout gets.
-    """
-    if not as_json:
-        yield lambda answer: None
-        return
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    answers: list[Any] = []
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield answers.append
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
-    for answer in answers:
-        print(json.dumps(answer, ensure_ascii=False, indent=2))
-
-
-@contextlib.contextmanager
-def _progress(what: str, in_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with an ETA on stderr; gives the function to call with (done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    amount = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
-    columns = (TextColumn(what), BarColumn(), amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command()
@@ -155,14 +100,14 @@ def prepare(
         task=None if task is None else parse_task(task),
         engine=engine,
     )
-    with _answer(as_json) as answer:
-        with _progress("prepare") as progress:
+    with answering(as_json) as answer:
+        with progress_bar("prepare") as progress:
             report = run_prepare(options, progress)
         answer(report)
         if not as_json:
             keys = ("kind", "tokenizer", "splits", "duplicates", "empty_documents", "skipped_rows", "cut_short", "task")
             shown = {key: report[key] for key in (*keys, "units", "units_done", "reused", "run") if key in report}
-            _print_values(shown | ({"report": str(out / "report.json")} if "splits" in report else {}))
+            print_values(shown | ({"report": str(out / "report.json")} if "splits" in report else {}))
 
 
 @app.command()
@@ -178,12 +123,12 @@ def verify(
     """
     from launch.verify import verify as run_verify
 
-    with _answer(as_json) as answer:
-        with _progress("verify") as progress:
+    with answering(as_json) as answer:
+        with progress_bar("verify") as progress:
             result = run_verify(directory, progress)
         answer(result)
         if not as_json:
-            _print_values({"whole": str(directory)} | result)
+            print_values({"whole": str(directory)} | result)
 
 
 @app.command()
@@ -217,7 +162,7 @@ def preview(
         batch_rows = rows
     else:
         raise typer.BadParameter("give a folder of token shards, or a recipe with --recipe")
-    with _answer(as_json) as answer:
+    with answering(as_json) as answer:
         tokenizer = shown.open_tokenizer(stream, tokenizer_path)
         found = shown.preview_rows(stream, batch_rows, batches, rows)
         answer(shown.as_json(found))
@@ -290,7 +235,7 @@ def preflight(
     """
     from gpt.recipe_file import load_recipe
 
-    with _answer(as_json) as answer:
+    with answering(as_json) as answer:
         resolved = load_recipe(recipe, overrides or [])
         from launch.preflight import print_report, run_preflight
 
@@ -376,7 +321,7 @@ def submit(
         modules=module or [],
         extra_lines=extra_line or [],
     )
-    with _answer(as_json) as answer:
+    with answering(as_json) as answer:
         result = run_submit(
             recipe,
             overrides or [],
@@ -434,215 +379,14 @@ def why(
     print(json.dumps(found, ensure_ascii=False, indent=2) if as_json else "\n".join(explained.describe(found)))
 
 
-@app.command()
-def evaluate(
-    source: Annotated[Path, typer.Argument(help="Run directory or model folder.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of token shards, or a text file.")] = None,
-    task: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Questions with right answers.")] = None,
-    lm_eval: Annotated[
-        Path | None, typer.Option(help="Task file of lm-evaluation-harness, or a folder of them (extra eval).")
-    ] = None,
-    predictions: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="With --task: gets a line for each question.")
-    ] = None,
-    sequences: Annotated[
-        int | None, typer.Option(min=1, help="With --data: only the first so many; default: all.")
-    ] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a window; default: the run's, which an export remembers.")
-    ] = None,
-    encoding: Annotated[str, typer.Option(help="Encoding of a text file.")] = "utf-8",
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    host_memory_gib: HostMemory = None,
-    offload_folder: OffloadFolder = None,
-    as_json: AsJson = False,
-) -> None:
-    """How good a run or a model folder is on held-out text, on the questions of a task, or on the harness's tasks.
-
-    Example: `trainyard evaluate runs/quickstart-pretrain --data data/shakespeare/validation --json`
-    """
-    if [data, task, lm_eval].count(None) != 2 or (predictions is not None and task is None):
-        raise typer.BadParameter("give one of --data, --task (which --predictions belongs to) and --lm-eval")
-    from gpt import evaluate as run
-    from gpt.generate import Loading
-
-    loading = Loading(dtype, device_map, host_memory_gib, offload_folder)
-    with _answer(as_json) as answer:
-        with _progress("evaluate", in_bytes=False) as progress:
-            if data is not None:
-                how: dict[str, Any] = {"sequences": sequences, "sequence_length": sequence_length}
-                result = run.evaluate_path(
-                    source, data, text_encoding=encoding, loading=loading, progress=progress, **how
-                )
-            elif task is not None:
-                result = run.evaluate_task(source, task, loading=loading, predictions=predictions, progress=progress)
-            elif lm_eval is not None:
-                result = run.evaluate_harness(source, lm_eval, loading=loading)
-        answer(result)
-        if not as_json:
-            _print_values(result)
-
-
-@app.command()
-def export(
-    source: Annotated[Path, typer.Argument(help="Run directory, or a folder of DeepSpeed's own save_checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model to write; must not exist or be empty.")],
-    step: Annotated[int | None, typer.Option(help="Step of a run's checkpoint; default: the newest.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
-    ungated: Annotated[
-        bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
-    ] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="Also write the model as one file for llama.cpp.")] = False,
-    config: Annotated[
-        Path | None, typer.Option(metavar="DIR|FILE", help="Configuration of the model in a DeepSpeed checkpoint.")
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Its tokenizer.")] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Load DeepSpeed files with more than tensors: they may run any code.")
-    ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB, 500MB or 2GiB.")] = "5GB",
-    licence: Annotated[
-        str, typer.Option("--license", help="The hub's identifier of the weights' licence, for the model card.")
-    ] = "unknown",
-    as_json: AsJson = False,
-) -> None:
-    """Write a Hugging Face model folder, reload it and compare it with what the training engine computed.
-
-    A DeepSpeed checkpoint (ZeRO 1, 2 or 3) is a folder with `latest`, or one of its tag folders; it needs --ungated,
-    since it has no record of the engine's logits. Without --config or --tokenizer, config.json and the tokenizer are
-    looked for in the tag folder, in the folder of the tags, and in the one above it: the first that is found is taken.
-
-    Example: `trainyard export runs/quickstart-chat --out exports/quickstart-chat` or
-    `trainyard export old/checkpoints --config old/model --tokenizer old/model --ungated --out exports/old`
-    """
-    from data_pipeline.provenance import describe_origin
-    from gpt.deepspeed_checkpoint import is_deepspeed_checkpoint
-    from gpt.export import export_deepspeed, export_run
-
-    foreign = is_deepspeed_checkpoint(source)
-    if foreign and step is not None:
-        raise typer.BadParameter("--step is for runs; name the tag folder of a DeepSpeed checkpoint instead")
-    if not foreign and (config or tokenizer or trust_pickle):
-        raise typer.BadParameter("--config, --tokenizer and --trust-pickle are for DeepSpeed checkpoints")
-    with _answer(as_json) as answer:
-        with _progress("export") as progress:
-            given: dict[str, Any] = {"dtype": dtype, "ungated": ungated, "progress": progress}
-            given |= {"max_shard_size": max_shard_size, "licence": licence, "gguf": gguf}
-            if foreign:
-                given |= {"config": config, "tokenizer": tokenizer, "trust_pickle": trust_pickle}
-                report = export_deepspeed(source, out, **given)
-            else:
-                report = export_run(source, out, step=step, describe_data=describe_origin, **given)
-        answer(report)
-        if not as_json:
-            _print_values(report)
-
-
-@app.command()
-def generate(
-    model: ModelFolder,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text or question; may be repeated.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Instead: lines with prompt or messages, and maybe id.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="With --prompts: gets each line with its answer.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: lines answered at once.")] = 8,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: SamplingSeed = 0,
-    as_chat: AsChat = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    host_memory_gib: HostMemory = None,
-    offload_folder: OffloadFolder = None,
-    as_json: AsJson = False,
-) -> None:
-    """Continue texts or answer questions; a file of prompts in batches, which the same call goes on with after a kill.
-
-    Example: `trainyard generate exports/quickstart-chat --prompt "What is AI?"`
-    """
-    if (prompt is None) == (prompts is None) or (prompts is None) != (out is None):
-        raise typer.BadParameter("give either --prompt, or --prompts with --out")
-    from gpt.generate import Loading, Sampling
-    from gpt.generate import generate as run_generate
-    from gpt.generate_file import generate_file
-
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    how: dict[str, Any] = {"loading": Loading(dtype, device_map, host_memory_gib, offload_folder), "as_chat": as_chat}
-    with _answer(as_json) as answer:
-        if prompts is not None and out is not None:
-            with _progress("generate", in_bytes=False) as progress:
-                done = generate_file(
-                    model, prompts, out, sampling, system=system, batch_size=batch_size, progress=progress, **how
-                )
-            answer(done)
-            if not as_json:
-                _print_values(done)
-        else:
-            answer(run_generate(model, prompt or [], sampling, system=system, stream=not as_json, **how))
-
-
-@app.command()
-def chat(
-    model: ModelFolder,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: SamplingSeed = 0,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    host_memory_gib: HostMemory = None,
-    offload_folder: OffloadFolder = None,
-) -> None:
-    """Talk with a model in the terminal; /exit ends.
-
-    Example: `trainyard chat exports/quickstart-chat`
-    """
-    from gpt.generate import Loading, Sampling
-    from gpt.generate import chat as run_chat
-
-    loading = Loading(dtype, device_map, host_memory_gib, offload_folder)
-    run_chat(model, Sampling(max_new_tokens, temperature, top_p, seed), loading=loading, system=system)
-
-
-@app.command()
-def serve(
-    model: Annotated[Path, typer.Argument(help="Model folder, as `trainyard export` writes it.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from this host only.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer everyone, without the printed token.")] = False,
-) -> None:
-    """Serve a model with an OpenAI-compatible interface; Ctrl-C ends.
-
-    Prints its address, the model's name and a token, made anew each time, which requests must carry as their API key.
-
-    Example: `trainyard serve exports/quickstart-chat --port 8000`
-    """
-    from gpt.serve import serve as run_serve
-
-    run_serve(model, host=host, port=port, authenticate=not no_auth)
-
-
-def _print_values(values: dict[str, Any]) -> None:
-    """One line a value, nested ones with their keys joined by dots."""
-    for name, value in _flatten(values):
-        print(f"{name}: {value:,.5g}" if isinstance(value, float) else f"{name}: {value}")
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+for command in (
+    model_commands.evaluate,
+    model_commands.export,
+    model_commands.generate,
+    model_commands.chat,
+    model_commands.serve,
+):
+    app.command()(command)
 
 
 if __name__ == "__main__":

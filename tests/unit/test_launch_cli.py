@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launch import cli
+from launch import cli, console
 
 COMMANDS = ("prepare", "verify", "train", "submit", "evaluate", "export", "generate", "chat")
 
@@ -84,7 +84,7 @@ def test_help_lists_every_command_and_loads_nothing_slow() -> None:
 
 
 def test_json_gets_stdout_for_itself(capfd: pytest.CaptureFixture[str]) -> None:
-    with cli._answer(as_json=True) as answer:
+    with console.answering(as_json=True) as answer:
         print("a library prints")
         os.write(1, b"native code prints\n")
         answer({"name": "größe", "values": [1, 2.5, None]})
@@ -95,7 +95,7 @@ def test_json_gets_stdout_for_itself(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_prints_nothing_when_the_command_fails(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="refused"), cli._answer(as_json=True):
+    with pytest.raises(ValueError, match="refused"), console.answering(as_json=True):
         raise ValueError("refused")
     print("afterwards")
     assert capfd.readouterr().out == "afterwards\n"
