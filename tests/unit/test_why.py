@@ -331,6 +331,7 @@ def judged_by_age(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("change", "value", "cause"),
     [("psutil.boot_time", time.time() + 1e6, "host restarted"), ("shutil.disk_usage", (9, 9, 4096), "disk")],
+    ids=["restarted", "disk"],  # the time in a name would differ between the processes of pytest-xdist
 )
 def test_what_is_around_a_run_that_died_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, value: Any, cause: str
