@@ -405,7 +405,7 @@ def _load_tokenizer(given: Path | None, places: list[Path]) -> tuple[PreTrainedT
             f"{'a' if len(candidates) > 1 else 'no'} tokenizer; give its folder with --tokenizer."
         )
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types here
         raise ValueError(f"The tokenizer cannot be loaded from {place}: {error}") from error
     return loaded, place

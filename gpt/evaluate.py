@@ -142,11 +142,15 @@ def evaluate_path(
         sequence_length: tokens of a window; None: the run's, else the model's positions but at most 2048.
 
     Raises:
-        FileNotFoundError, ValueError: no model, no data, or data made with another tokenizer.
+        FileNotFoundError, ValueError: no model, no data, data made with another tokenizer, or more tokens in a window
+            than the model has positions.
     """
     model, tokenizer_path, length = _load(source, loading)
     tokenizer = load_tokenizer(tokenizer_path)
     length = sequence_length or length
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(f"the sequence length is {length}, but the model has {positions} positions: give fewer tokens")
     device = input_device(model)
     with tempfile.TemporaryDirectory() as scratch:
         stream = _open_data(data, tokenizer, tokenizer_path, length, text_encoding, Path(scratch))
@@ -183,6 +187,9 @@ def evaluate_task(
     `predictions` gets a line for each question. Raises as `evaluate_path`, and ValueError for a bad task or question.
     """
     task, questions = load_task(task_file)
+    if predictions is not None:  # a place that cannot be written is refused now, not when all is scored
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        predictions.open("a").close()
     model, tokenizer = _load_with_tokenizer(source, loading)
     if isinstance(task, MultipleChoice):
         scored = score_multiple_choice(model, tokenizer, task, questions, progress)

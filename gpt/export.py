@@ -30,7 +30,7 @@ from gpt.export_check import (
 )
 from gpt.export_source import CHUNK_ELEMENTS, ExportSource, source_of_run
 from gpt.export_weights import Progress, parse_size, plan_tensors, write_weights
-from gpt.gguf_export import add_gguf, check_convertible
+from gpt.gguf_export import add_gguf, check_convertible, gate_weights_bytes
 from gpt.model_card import UNKNOWN_LICENCE, check_licence, model_card
 
 MAX_SHARD_SIZE = "5GB"
@@ -194,16 +194,18 @@ def _check_room(
     if by_layer:
         needed += 4 * sum(joined)  # a layout that accelerate cannot read from the folder's files is written beside it
     way = "the model layer by layer, the rest on disk" if by_layer else "the whole model in memory"
+    check_gguf = memory.rest + gate_weights_bytes(model) if gguf else 0
     say(f"disk: {gib(needed)} needed, {gib(free)} free in {place}")
     say(
         f"memory: {gib(writing)} needed to write, {gib(memory.least if by_layer else memory.rest + memory.weights)} "
-        f"to check with {way}, {gib(available)} available"
+        f"to check with {way}{f', {gib(check_gguf)} to check the GGUF file' * gguf}, {gib(available)} available"
     )
     if free < needed:
         raise ValueError(f"The export needs {gib(needed)} of disk, but {place} has {gib(free)} free.")
-    if by_layer and gguf:
+    if available < check_gguf:
         raise ValueError(
-            f"The check of the GGUF file loads the whole model, but {gib(available)} are too little; leave --gguf out."
+            f"The check of the GGUF file loads the whole model in fp32 and needs {gib(check_gguf)} of memory, but "
+            f"{gib(available)} are available; leave --gguf out."
         )
     return memory.limit(available)
 

@@ -53,7 +53,7 @@ def check_folder(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         model, loading = _load(folder, training, expected["memory_bytes"], Path(place))
         held = _placement(model)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         checks = [_check_keys(loading), *_check_tokenizer(tokenizer, model, expected["tokenizer"])]
         if probe is not None:
             checks += _check_probe(model, probe, training, exported)
@@ -85,7 +85,9 @@ def _load(
         options = {"max_memory": get_max_memory() | {"cpu": memory_bytes}, "offload_folder": offload_folder}
     if torch.cuda.is_available() or memory_bytes is not None:
         options["device_map"] = "auto"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], output_loading_info=True, trust_remote_code=False, **options
+    )
     return loaded[0].eval(), loaded[1]
 
 

@@ -119,8 +119,8 @@ def run_tokenizer(source: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
     this run nor the weights it began with saw chats, since the model then knows nothing of its turns."""
     place = source / "tokenizer" if (source / "tokenizer").is_dir() else Path(str(manifest.recipe.get("tokenizer")))
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types here
         raise FileNotFoundError(f"The run's tokenizer cannot be loaded from {place}: {error}") from error
     if not trained_on_chat(manifest):
         tokenizer.chat_template = None

@@ -183,13 +183,13 @@ def load(model_dir: Path | str, loading: Loading | None = None) -> tuple[PreTrai
     folder = Path(model_dir)
     model = load_model(folder, loading)
     try:
-        return model, AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types here, a bare Exception out of Rust among them
         raise ValueError(f"{folder} has no tokenizer that can be loaded: {' '.join(str(error).split())}") from error
 
 
 def load_model(folder: Path, loading: Loading | None = None) -> PreTrainedModel:
-    """As `load`, without the tokenizer."""
+    """As `load`, without the tokenizer. Code that the folder brings along is never run."""
     loading = loading or Loading()
     if not (folder / "config.json").is_file():
         hint = "; it is a run directory, which `trainyard export` makes a model of" * (folder / "checkpoints").is_dir()
@@ -198,14 +198,20 @@ def load_model(folder: Path, loading: Loading | None = None) -> PreTrainedModel:
     placement = loading.placement()
     scratch = None if loading.offload_folder else tempfile.TemporaryDirectory(prefix="trainyard-offload-")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[loading.dtype] if loading.dtype else "auto",
             offload_folder=loading.offload_folder or (scratch and scratch.name),
+            output_loading_info=True,
+            trust_remote_code=False,
             **placement,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # as above; of a damaged file it is safetensors' own
         raise ValueError(f"{folder} cannot be loaded as a language model: {' '.join(str(error).split())}") from error
+    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        shown = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors ({shown}); use a whole copy of it.")
     model.trainyard_offload = scratch  # removed when the model is, at the latest when Python ends
     return model.eval()
 

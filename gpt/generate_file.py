@@ -1,12 +1,13 @@
 """Answers to a file of prompts, in batches; what a killed call has finished is not done again."""
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gpt.generate import Loading, Message, PromptEncoder, Sampling, answer_batch, load, read_rows
 
@@ -37,12 +38,11 @@ def generate_file(
 
     Raises:
         FileNotFoundError, ValueError: a line that is bad or too long, with file and line; an `out` that exists; a
-            partial one of another call.
+            partial one of another call, or of one that is still at work.
     """
     sampling, loading = sampling or Sampling(), loading or Loading()
     rows = _read_prompts(prompts)
-    if out.exists():
-        raise ValueError(f"{out} exists; give another file, or remove this one.")
+    _refuse_existing(out)
     model, tokenizer = load(model_dir, loading)
     call = {
         "model": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(model_dir.iterdir()) if f.is_file()},
@@ -53,8 +53,10 @@ def generate_file(
     encoder = PromptEncoder(model, tokenizer, sampling.max_new_tokens, as_chat=as_chat, system=system)
     encoded = list(_encode(encoder, rows, prompts))
     partial, at_once = out.with_name(out.name + ".partial"), batch_size * BATCHES_PER_WRITE
-    done = _finished(partial, call, at_once, len(rows))
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8") as file:
+        _lock(file, out)
+        done = _finished(partial, call, at_once, len(rows))
         for start in range(done, len(rows), at_once):
             chunk = range(start, min(start + at_once, len(rows)))
             answers: dict[int, dict[str, Any]] = {}
@@ -70,7 +72,7 @@ def generate_file(
             file.writelines(json.dumps(rows[i] | answers[i], ensure_ascii=False) + "\n" for i in chunk)
             file.flush()
             os.fsync(file.fileno())
-    _publish(partial, out)
+        _publish(partial, out)
     return {"out": str(out), "prompts": len(rows), "answered_before": done}
 
 
@@ -124,17 +126,32 @@ def _seed(seed: int, name: str | int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name!r}".encode()).digest()[:7])
 
 
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} exists; give another file, or remove this one.")
+
+
+def _lock(partial: TextIO, out: Path) -> None:
+    """Keep other calls from the partial file while this one has it open. Raises ValueError where another is at work."""
+    try:
+        fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"Another call is at work on {out}; wait for it or end it, or give another file.") from None
+    except OSError:
+        pass  # no locks on this file system
+    _refuse_existing(out)  # another call may have ended since, and have removed the file that is open here
+
+
 def _finished(partial: Path, call: dict[str, Any], at_once: int, rows: int) -> int:
-    """How many answers the partial file holds; it is made where it is not there.
+    """How many answers the partial file holds; an empty one gets its first line.
 
     Its first line tells the call that began it. What a kill left of answers that are written together is cut off, so
     that the rest is answered in the batches of an uninterrupted call. Raises ValueError when another call began it.
     """
-    lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
+    lines = partial.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     if not lines:
-        partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(call) + "\n", encoding="utf-8")
         return 0
     began = json.loads(lines[0])

@@ -15,7 +15,14 @@ from typing import Any
 import gguf
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gpt.gguf_gate import GGUF_NAME
 
@@ -94,7 +101,8 @@ def write_gguf(folder: Path, name: str) -> None:
 
     Vectors (norms, biases) are fp32, as llama.cpp wants them. Raises ValueError as `check_convertible` does.
     """
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_convertible(config, tokenizer)
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(None, architecture)
@@ -125,6 +133,13 @@ def add_gguf(folder: Path, name: str, report: dict[str, Any]) -> None:
         write_gguf(folder, name)
         report["checks"] += run_gguf_gate(folder)
         report["passed"] = all(check["passed"] for check in report["checks"])
+
+
+def gate_weights_bytes(model: PreTrainedModel) -> int:
+    """What the gate's weights take of memory: transformers reads a GGUF file whole into fp32, and a tensor of it is
+    there twice more meanwhile. (Of 87 M parameters, 15 M of them in the embedding, 0.45 GB were measured.)"""
+    sizes = [parameter.numel() * 4 for parameter in model.parameters()]
+    return sum(sizes) + 2 * max(sizes)
 
 
 def run_gguf_gate(folder: Path) -> list[dict[str, Any]]:

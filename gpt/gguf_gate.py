@@ -24,7 +24,9 @@ SAMPLE_CHAT = [{"role": "user", "content": "Who goes there?"}, {"role": "assista
 
 def logits_of(folder: Path, ids: torch.Tensor, gguf_file: str | None = None) -> torch.Tensor:
     """Logits [tokens, vocabulary] in fp32 of the folder's safetensors, or of a GGUF file in it."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, gguf_file=gguf_file).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, gguf_file=gguf_file, trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return logits
@@ -49,8 +51,8 @@ def check_tokenizer(folder: Path, alone: Path) -> dict[str, Any]:
     """Ids of a text, a rendered chat and the special tokens."""
     seen = []
     for tokenizer in (
-        AutoTokenizer.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(alone, gguf_file=GGUF_NAME),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        AutoTokenizer.from_pretrained(alone, gguf_file=GGUF_NAME, trust_remote_code=False),
     ):
         chat = tokenizer.apply_chat_template(SAMPLE_CHAT, return_dict=False) if tokenizer.chat_template else None
         ids = {"text": tokenizer(SAMPLE_TEXT)["input_ids"], "chat": chat}

@@ -114,7 +114,7 @@ def _config_of_weights(pretrained: str) -> PreTrainedConfig:
         config.architectures = architectures
         return config
     try:
-        return AutoConfig.from_pretrained(pretrained)
+        return AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.pretrained {pretrained} is neither a Trainyard run, nor a Hugging Face folder, nor a hub id that "
@@ -134,7 +134,9 @@ def build_model(model: Model, config: PreTrainedConfig, precision: str, seed: in
     transformers.set_seed(seed)
     dtype = DTYPES[precision]
     if model.pretrained is not None and not is_run_directory(model.pretrained):
-        result = AutoModelForCausalLM.from_pretrained(model.pretrained, config=config, dtype=dtype)
+        result = AutoModelForCausalLM.from_pretrained(
+            model.pretrained, config=config, dtype=dtype, trust_remote_code=False
+        )
     elif zero_config.is_zero3():
         result = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:

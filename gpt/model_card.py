@@ -47,6 +47,6 @@ def _verdict(report: dict[str, Any]) -> str:
             "That this folder computes what was trained is not shown."
         )
     return (
-        "Before this folder got its name, transformers loaded it in a process of its own, and its logits, text and "
-        "tokens were found equal to the training engine's: see `export_report.json`."
+        "Before this folder got its name, transformers loaded it in a process of its own; its logits and text were "
+        "found equal to the training engine's, its tokens to those of the run's tokenizer: see `export_report.json`."
     )

@@ -45,7 +45,7 @@ def serve(model_dir: Path, *, host: str = "127.0.0.1", port: int = 8000, authent
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"url: http://{shown}:{listener.getsockname()[1]}/v1\nmodel: {name}")
-        print(f"token: {token}" if token else "token: none, every user of this host may ask", flush=True)
+        print(f"token: {token}" if token else "token: none, everyone who reaches this address may ask", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
 

@@ -57,6 +57,8 @@ def evaluate(
     """
     if [data, task, lm_eval].count(None) != 2 or (predictions is not None and task is None):
         raise typer.BadParameter("give one of --data, --task (which --predictions belongs to) and --lm-eval")
+    if data is None and (sequences is not None or sequence_length is not None or encoding != "utf-8"):
+        raise typer.BadParameter("--sequences, --sequence-length and --encoding belong to --data")
     from gpt import evaluate as run
     from gpt.generate import Loading
 

@@ -1,11 +1,14 @@
 """generate and chat on exported-like folders: greedy and sampled text, ends, streaming, history, refusals."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_checkpoint import CHATML, make_model, make_tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -290,6 +293,34 @@ def test_refusals(tmp_path: Path, chat_folder: Path, text_folder: Path) -> None:
     for place in ("gpu9", "cuda:99"):
         with pytest.raises(ValueError, match=f"The device map {place} is neither one of auto, .* of this host"):
             generate(text_folder, ["x"], loading=Loading(device_map=place))
+
+
+def test_damaged_folders_are_one_sentence(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "model", chat=False)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    lost = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    save_file(lost, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors \(model\.norm\.weight\); use a whole copy"):
+        module.load(folder)
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"model cannot be loaded as a language model: .* incomplete metadata"):
+        module.load(folder)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="model has no tokenizer that can be loaded"):
+        module.load(folder)
+
+
+def test_code_of_a_folder_is_never_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers alone asks on the terminal, and takes a line of standard input for the answer."""
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=r"cannot be loaded as a language model: .* custom code"):
+        module.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_template_that_refuses_the_system_role_is_said_in_one_sentence(tmp_path: Path) -> None:

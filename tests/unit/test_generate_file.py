@@ -135,6 +135,35 @@ def test_other_answers_are_never_mixed_or_overwritten(folder: Path, tmp_path: Pa
     assert out.read_text() == "mine"
 
 
+def test_two_calls_at_once_do_not_write_into_one_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), tmp_path / "out.jsonl"
+    real, began = module.answer_batch, []
+
+    def other_call_meanwhile(*arguments: Any) -> Any:
+        began.append((tmp_path / "out.jsonl.partial").read_bytes())
+        with pytest.raises(ValueError, match=r"Another call is at work on .*out.jsonl; wait for it or end it"):
+            generate_file(folder, prompts, out, Sampling(4))
+        assert (tmp_path / "out.jsonl.partial").read_bytes() == began[-1]
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "answer_batch", other_call_meanwhile)
+    generate_file(folder, prompts, out, Sampling(4))
+    assert len(began) == 1 and len(read(out)) == 2
+
+    late, real_encode = tmp_path / "late.jsonl", module._encode
+
+    def other_call_ends_first(*arguments: Any) -> Any:
+        late.write_text("of another call")
+        return real_encode(*arguments)
+
+    monkeypatch.setattr(module, "_encode", other_call_ends_first)
+    with pytest.raises(ValueError, match=r"late.jsonl exists; give another file, or remove this one"):
+        generate_file(folder, prompts, late, Sampling(4))
+    assert late.read_text() == "of another call"
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

@@ -1,6 +1,7 @@
 """GGUF files: read back by transformers they are the folder's model, and what cannot be written is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from data_pipeline.tokenizer import train_tokenizer
 from gpt import export, gguf_export
 from gpt.export import export_run
+from gpt.export_check import expected_of, gate_memory
 from gpt.export_gate import check_folder
+from gpt.export_source import source_of_run
 from gpt.gguf_export import check_convertible, write_gguf
 from gpt.gguf_gate import check_gguf
 
@@ -195,11 +198,11 @@ def in_process_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "run_gate", check_folder)
 
 
-def export_with_gguf(tmp_path: Path, tokenizer: Path, model_type: str = "llama") -> dict[str, Any]:
+def export_with_gguf(tmp_path: Path, tokenizer: Path, model_type: str = "llama", **options: Any) -> dict[str, Any]:
     run = tmp_path / "run"
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(run / "tokenizer")
     write_checkpoint(run, make_model(model_type, vocab_size=VOCABULARY), data_kind="chat")
-    return export_run(run, tmp_path / "out", gguf=True)
+    return export_run(run, tmp_path / "out", gguf=True, **options)
 
 
 @pytest.mark.usefixtures("in_process_gate")
@@ -236,3 +239,26 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path, to
     with pytest.raises(ValueError, match="A gpt2 model cannot be written as GGUF"):
         export_with_gguf(tmp_path, tokenizer_folder, "gpt2")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.usefixtures("in_process_gate")
+def test_a_model_that_memory_holds_in_its_own_dtype_only_is_refused(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's own gate needs 2 bytes a parameter, the file's 4 and twice the largest tensor."""
+    lines: list[str] = []
+    monkeypatch.setattr(gguf_export, "run_gguf_gate", check_gguf)
+    monkeypatch.setattr(export, "available_memory_bytes", lambda: 2**40)
+    export_with_gguf(tmp_path / "a", tokenizer_folder, say=lines.append)
+    assert re.search(r"memory, 0\.5\d GiB to check the GGUF file, 1024\.00 GiB available", lines[1])
+    model = make_model(vocab_size=VOCABULARY)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    expected = expected_of(source_of_run(tmp_path / "a" / "run"), "bf16")
+    room = gate_memory(model, expected).rest
+    needed = room + 4 * (sum(sizes) + 2 * max(sizes))
+    monkeypatch.setattr(export, "available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"loads the whole model in fp32 and needs 0\.50 GiB .* leave --gguf out"):
+        export_with_gguf(tmp_path / "b", tokenizer_folder, say=lines.append)
+    assert "the whole model in memory" in lines[-1] and [p.name for p in (tmp_path / "b").iterdir()] == ["run"]
+    monkeypatch.setattr(export, "available_memory_bytes", lambda: needed)
+    export_with_gguf(tmp_path / "c", tokenizer_folder, say=lines.append)

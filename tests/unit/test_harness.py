@@ -9,6 +9,7 @@ import yaml
 from small_checkpoint import make_model, make_tokenizer
 
 from gpt.evaluate import evaluate_harness, evaluate_task
+from launch.cli import main
 
 QUESTIONS = Path(__file__).resolve().parents[1] / "integration" / "commonsense.jsonl"
 TASK = {
@@ -30,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_its_accuracy_is_ours(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_accuracy_is_ours(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     lines = [json.loads(line) for line in QUESTIONS.read_text("utf-8").splitlines()]
@@ -45,7 +48,12 @@ def test_its_accuracy_is_ours(folder: Path, tmp_path: Path, monkeypatch: pytest.
     ours = {"kind": "multiple_choice", "data": str(data), "options": "options", "answer": "answer"}
     (tmp_path / "ours.yaml").write_text(yaml.safe_dump({**ours, "prompt": "{question}"}), encoding="utf-8")
     accuracy = evaluate_task(folder, tmp_path / "ours.yaml")["scores"]["accuracy"]["value"]
-    one = evaluate_harness(folder, tmp_path / "tasks" / "first.yaml")
+    command = ["trainyard", "evaluate", str(folder), "--lm-eval", str(tmp_path / "tasks" / "first.yaml"), "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    one = json.loads(capfd.readouterr().out)
     assert list(one["results"]) == ["first"] and one["n-samples"]["first"]["effective"] == len(lines)
     assert one["results"]["first"]["acc,none"] == pytest.approx(accuracy)
     both = evaluate_harness(folder, tmp_path / "tasks")

@@ -33,6 +33,7 @@ def trainyard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
         ("evaluate", "m"),
         ("evaluate", "m", "--data", "d", "--task", "t"),
         ("evaluate", "m", "--data", "d", "--predictions", "p"),
+        ("evaluate", "m", "--task", "t", "--sequences", "1"),
     ],
 )
 def test_wrong_arguments_are_exit_code_2(arguments: tuple[str, ...]) -> None:

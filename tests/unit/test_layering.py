@@ -68,6 +68,20 @@ def test_runs_on_transformers_alone(module: str) -> None:
     assert [name for name in names if name.partition(".")[0] in PROJECT] == []
 
 
+def test_nothing_is_loaded_with_code_of_its_own() -> None:
+    """transformers asks on the terminal where trust_remote_code is not given, and runs the code where one says yes."""
+    calls = []
+    for package in PROJECT:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                text = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                if text.endswith(".from_pretrained") and "Auto" in text:
+                    trust = [ast.unparse(k.value) for k in node.keywords if k.arg == "trust_remote_code"]  # type: ignore[attr-defined]
+                    calls.append((f"{file.name}:{node.lineno} {text}", trust))  # type: ignore[attr-defined]
+    assert len(calls) > 10
+    assert [call for call, trust in calls if trust != ["False"]] == []
+
+
 def test_help_is_fast_because_the_command_line_imports_nothing_heavy_at_its_top() -> None:
     parts = ("launch.cli", "launch.model_commands", "launch.console")
     for part in parts:

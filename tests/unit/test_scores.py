@@ -12,7 +12,7 @@ from small_checkpoint import make_model, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt import scores
-from gpt.evaluate import evaluate_task
+from gpt.evaluate import evaluate_path, evaluate_task
 from gpt.generate import Sampling, generate
 from gpt.task import load_task, normalized
 
@@ -234,6 +234,13 @@ def test_what_a_task_and_a_model_do_not_share_is_refused(folder: Path, tmp_path:
         evaluate_task(folder, write_task(tmp_path, CHOICE | {"system": "S", "as_chat": False}, ROWS))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: give a run directory or a model folder"):
         evaluate_task(tmp_path / "nowhere", write_task(tmp_path, CHOICE, ROWS))
+    with pytest.raises(IsADirectoryError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt.evaluate.load_model", None)
+        evaluate_task(folder, write_task(tmp_path, CHOICE, ROWS), predictions=tmp_path)
+    (tmp_path / "text.txt").write_text("So far. " * 40)
+    with pytest.raises(ValueError, match="the sequence length is 129, but the model has 128 positions: give fewer"):
+        evaluate_path(folder, tmp_path / "text.txt", sequence_length=129)
+    assert evaluate_path(folder, tmp_path / "text.txt", sequence_length=128)["sequence_length"] == 128
     long = [ROWS[0], ROWS[0] | {"q": "x" * 120, "answer": "blue"}]
     with pytest.raises(ValueError, match=r"task.jsonl:2: prompt and option have .* but the model has 128 positions"):
         evaluate_task(folder, write_task(tmp_path, CHOICE | {"as_chat": False}, long))

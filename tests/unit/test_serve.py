@@ -1,10 +1,12 @@
 """`trainyard serve`: transformers' server around one model; who may ask what, and what it refuses."""
 
+import asyncio
 import socket
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -99,6 +101,17 @@ def test_only_who_has_the_token_may_ask(url: str) -> None:
     for headers in ({}, {"Authorization": TOKEN}, {"Authorization": f"Basic {TOKEN}"}):
         answer = stranger._client.get(f"{url}/models", headers=headers)
         assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_a_websocket_needs_the_token_too(folder: Path) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/v1/models", "headers": [], "extensions": {"websocket.http.response": {}}}
+    asyncio.run(build_app("tiny", *load(folder), TOKEN)(scope, None, send))
+    assert sent[0]["type"] == "websocket.http.response.start" and sent[0]["status"] == 401
 
 
 def test_it_knows_one_model(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
