@@ -22,7 +22,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.stream import describe  # noqa: E402
+from benchmarks.facts import describe  # noqa: E402
 from launch.environment import worker_environment  # noqa: E402
 
 WORK = ROOT / "build" / "checkpoint"
@@ -48,7 +48,7 @@ print(json.dumps({"seconds": time.perf_counter() - started}))
 
 def main() -> None:
     options = read_options()
-    facts = describe()
+    facts = describe(("torch", "transformers", "deepspeed", "safetensors", "xxhash"))
     facts |= {"benchmark": "checkpoint", "command": shlex.join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]])}
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)

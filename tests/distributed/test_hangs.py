@@ -78,14 +78,14 @@ def test_hosts_end_their_ranks_and_name_the_rank_of_another(runs: Runs) -> None:
 
 @pytest.mark.full
 def test_a_slow_rank_is_named(runs: Runs) -> None:
-    """Rank 1 shares its core with four other programs."""
+    """Rank 1 shares its core with eight other programs."""
     live = runs.start("slow", train=LONG)
     spin = [sys.executable, "-c", "while True: pass"]
     first, second = sorted(os.sched_getaffinity(0))[:2]
     burners: list[psutil.Popen] = []
     try:
         live.wait_until(lambda: live.last_step() > 2)
-        burners += [psutil.Popen(spin) for _ in range(4)]
+        burners += [psutil.Popen(spin) for _ in range(8)]
         for process, core in [(live.ranks()[0], first), (live.ranks()[1], second), *((b, second) for b in burners)]:
             for thread in process.threads():
                 os.sched_setaffinity(thread.id, [core])
