@@ -17,6 +17,7 @@ def test_a_killed_group_goes_on_by_itself(reference: Runs) -> None:
     live = reference.start("restarted")
     live.wait_until(lambda: live.last_step() > 10 and live.has_checkpoint(10))
     first = live.ranks()
+    first[1].suspend()  # twenty steps are soon over: it must not end while it is looked at
     report = status.report(live.directory)
     assert (report["state"], report["total_steps"], report["checkpoint"]["step"]) == ("running", 20, 10)
     assert report["tokens_per_second"] > 0 and report["eta_seconds"] > 0 and report["loss"] > 0
