@@ -19,6 +19,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from gpt.checkpoint.format import SPARE_BYTES
 from gpt.checkpoint.retention import BYTES_PER_ELEMENT, WEIGHTS_BYTES_PER_ELEMENT, planned_checkpoints
 from gpt.distributed import Meeting, Ranks, gather_objects, timed_all_reduce
 from gpt.recipe import Recipe
@@ -27,8 +28,6 @@ from gpt.run_directory import flatten, host_label, package_versions
 State = Literal["passed", "warning", "failed", "skipped"]
 CONNECT_SECONDS = 5.0
 CLOCK_WARNING_SECONDS = 2.0
-SPARE_BYTES = 16 * 2**20
-"""What a save leaves free on the disk, see gpt/saver.py."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +315,8 @@ def _judge_same(everyone: Sequence[Facts]) -> list[Item]:
         for fact in everyone:
             theirs = getattr(fact, name)
             differing = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]
+            if None in (mine.get("git_commit"), theirs.get("git_commit")):  # no git there, or no answer in time
+                differing = [key for key in differing if key != "git_commit"]
             if differing:
                 told = ", ".join(f"{key} {theirs.get(key)!r} and not {mine.get(key)!r}" for key in sorted(differing))
                 problems.append(f"it has {told}, which rank 0 on {first.host} has: {advice}")
@@ -396,7 +397,10 @@ def _nearest_folder(run: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of a folder's files; 0 for one that another start deletes at this moment."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return 0
 
 
 def judge_memory(everyone: Sequence[Facts], needs: Needs) -> list[Item]:

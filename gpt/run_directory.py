@@ -56,7 +56,15 @@ class SupersededError(RuntimeError):
 
 
 class InUseError(ValueError):
-    """Another start owns the run directory and is, or may be, alive."""
+    """Another start owns the run directory and is, or may be, alive.
+
+    Args:
+        stale_in_seconds: when it may be taken for dead, unless it gives another sign of life.
+    """
+
+    def __init__(self, message: str, stale_in_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.stale_in_seconds = stale_in_seconds
 
 
 def compare_recipes(stored: Recipe, new: Recipe) -> list[str]:
@@ -225,6 +233,11 @@ class RunDirectory:
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(self.path / name)
 
+    def refuse_if_in_use(self) -> None:
+        """Raises InUseError while the newest start is, or may be, alive."""
+        if newest := newest_generation(self.path):
+            self._refuse_if_alive(newest)
+
     def _refuse_if_alive(self, generation: int) -> bool:
         """Whether that start, which is stale, may nevertheless go on one day. Raises InUseError while it is alive."""
         claim = json.loads(claim_file(self.path, generation).read_text(encoding="utf-8"))
@@ -241,7 +254,8 @@ class RunDirectory:
         job = f", Slurm job {claim['job']}" if claim["job"] else ""
         raise InUseError(
             f"run directory {self.path} is in use: host {claim['host']}, process {claim['pid']}{job}, alive "
-            f"{age:.0f} s ago. Stop it, or wait {stale_seconds:.0f} s after it died"
+            f"{age:.0f} s ago. Stop it, or wait {stale_seconds:.0f} s after it died",
+            stale_seconds - age,
         )
 
     def _fence(self) -> None:
@@ -300,7 +314,7 @@ def package_versions() -> dict[str, str | None]:
 
 @functools.cache
 def _git_commit() -> str | None:
-    """Commit of the checkout that runs, with "+changes" when files differ from it; None outside a git checkout."""
+    """Commit of the checkout that runs, with "+changes" when files differ from it; None where git does not say."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -311,8 +325,10 @@ def _git_commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
-    return commit and commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    if commit is None or changes is None:  # not known, rather than without changes: a busy file system takes its time
+        return None
+    return commit + ("+changes" if changes else "")
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 
 from gpt import distributed
 from gpt.batch import BatchPositions, MicroBatch
-from gpt.checkpoint.format import Greedy, Probe, rank_file_name, temporary_checkpoint_directory
+from gpt.checkpoint.format import SPARE_BYTES, Greedy, Probe, rank_file_name, temporary_checkpoint_directory
 from gpt.checkpoint.probe import make_probe
 from gpt.checkpoint.retention import apply_retention
 from gpt.checkpoint.write import (
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 NO_SAVE, UNDER_WAY, DONE = 0.0, 1.0, 2.0
 """How a rank's save stands; rank 0's is DONE when it is committed. A failure is `_failure_code`, which is negative."""
 WRITER_NICENESS = 5
-SPARE_BYTES = 16 * 2**20
 RANK_STEP = 4096
 """Of `_failure_code`: more than any errno."""
 

@@ -16,6 +16,8 @@ SAME_REQUEST_SECONDS = 1.0
 """A signal to the process group, or one that a scheduler sends to every process, reaches the launcher and each rank:
 what comes this soon after the first one is the same request."""
 REQUEST_NAME = "stop_requested"
+STOPPED_EXIT_CODE = 85
+"""Of a launcher: stopped on request, to be continued."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

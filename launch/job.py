@@ -21,13 +21,12 @@ from typing import Any
 
 from gpt.checkpoint.format import list_checkpoints
 from gpt.recipe_file import load_recipe
-from gpt.run_directory import RunDirectory, json_lines, newest_generation
-from gpt.stop_requests import REQUEST_NAME
+from gpt.run_directory import InUseError, RunDirectory, json_lines, newest_generation
+from gpt.stop_requests import REQUEST_NAME, STOPPED_EXIT_CODE
 from launch.log_folder import OUTCOME_NAME
 from launch.slurm_record import parse_job
 
 FIRST_PORT, PORTS = 20_000, 20_000
-STOPPED_EXIT_CODE = 85
 LAST_TASK_SECONDS = 120
 """How long the other nodes' launchers may take once the first one has ended: they notice a lost node by themselves, and
 the last save of a run must not be cut short because another node has nothing left to do."""
@@ -38,6 +37,8 @@ SLACK_SECONDS = 5.0
 """For a request to reach the ranks, and for the processes to end."""
 RECENT_STEPS = 50
 COMMAND_TIMEOUT_SECONDS = 60
+TRIES, RETRY_SECONDS = 10, 10.0
+"""Of what a run cannot go on without: a controller that is busy, or being started again, must not end it."""
 ENDS = ("finished", "refused", "no progress")
 """Decisions behind which no further job of the same submission has anything to do."""
 
@@ -152,6 +153,7 @@ def run_job(
     job.note("job started", nodes=os.environ["SLURM_JOB_NODELIST"])
     if int(os.environ["SLURM_NNODES"]) != nodes:
         return _refuse_nodes(job, nodes, processes)
+    _wait_for_last_start(job)
     began, events, folders = job.checkpoint(), len(job.events("failed", "stopped")), set(_log_folders(job.run))
     code, asked = _Launchers(job).run(_srun_command(job, srun, trainyard, processes))
     new = [folder for folder in _log_folders(job.run) if folder not in folders]
@@ -235,7 +237,8 @@ class _Launchers:
                 code = self._srun.wait(POLL_SECONDS)
                 return (128 - code if code < 0 else code), self._asked
             except subprocess.TimeoutExpired:
-                self._look_at_the_time()
+                if not self._asked:
+                    self._look_at_the_time()
 
     def _ask(self, why: str) -> None:
         """Pass a request on, once. srun takes SIGTERM as an order to kill; SIGUSR1 it passes on to all tasks."""
@@ -277,7 +280,8 @@ def _srun_command(job: Job, srun: Sequence[str], trainyard: Sequence[str], proce
     """One launcher a node. SLURM_NODEID differs from task to task, so it is read inside the task. The workers use all
     processors of the task: it is not bound to one of them."""
     first = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
-    address = parse_job(_scontrol("show", "node", first)).get("NodeAddr", first)  # names need not resolve
+    node = parse_job(_scontrol("show", "node", first, tries=TRIES))
+    address = node.get("NodeAddr", first)  # names need not resolve
     # by the job's number, so that two jobs on one node do not meet at the same port
     port = FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS
     rendezvous = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
@@ -315,6 +319,18 @@ def _note_lost_start(job: Job) -> None:
         lost.note("job ended", exit_code=None, decision="lost", reason=reason)
 
 
+def _wait_for_last_start(job: Job) -> None:
+    """A start that a lost node, or a kill on another one, has ended looks alive until its heartbeat is stale. To begin
+    before that would be refused: a failure without progress, for which the next job of a chain would not even wait."""
+    try:
+        RunDirectory(job.run).refuse_if_in_use()
+    except InUseError as error:
+        print(f"trainyard: {error}; this start waits {error.stale_in_seconds:.0f} s for that", flush=True)
+        time.sleep(max(0.0, error.stale_in_seconds) + POLL_SECONDS)  # one that lives is refused afterwards
+    except (ValueError, OSError):
+        return  # the launcher finds the same, and records it
+
+
 def _log_folders(run: Path) -> list[Path]:
     return sorted(folder for folder in (run / "logs").glob("*Z_*") if folder.is_dir())
 
@@ -326,21 +342,26 @@ def _outcome(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _requeue(job: Job) -> None:
     """Put the job back into the queue, by which Slurm ends this process."""
-    done = subprocess.run(["scontrol", "requeue", job.id], capture_output=True, text=True)
-    if done.returncode:
-        words = " ".join(done.stderr.split())
-        print(f"trainyard: error: scontrol requeue {job.id}: {words}; submit the run again to go on", flush=True)
-
-
-def _scontrol(*arguments: str) -> str:
-    """What it prints. Raises ValueError when it fails or does not answer."""
     try:
-        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"scontrol {' '.join(arguments)} did not answer in {COMMAND_TIMEOUT_SECONDS} s") from None
-    if done.returncode:
-        raise ValueError(f"scontrol {' '.join(arguments)}: {' '.join(done.stderr.split())}")
-    return done.stdout
+        _scontrol("requeue", job.id, tries=TRIES)
+    except ValueError as error:
+        print(f"trainyard: error: {error}; submit the run again to go on", flush=True)
+
+
+def _scontrol(*arguments: str, tries: int = 1) -> str:
+    """What it prints. Raises ValueError when it fails or does not answer, `tries` times."""
+    command = ["scontrol", *arguments]
+    for left in reversed(range(tries)):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS)
+            if done.returncode == 0:
+                return done.stdout
+            problem = " ".join(done.stderr.split())
+        except subprocess.TimeoutExpired:
+            problem = f"no answer in {COMMAND_TIMEOUT_SECONDS} s"
+        if left:
+            time.sleep(RETRY_SECONDS)
+    raise ValueError(f"{' '.join(command)}: {problem}")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gpt.heartbeat import read_beats
 from gpt.run_directory import SupersededError, claimed_from, host_label, newest_generation
-from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS, ends_at_once
+from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS, STOPPED_EXIT_CODE, ends_at_once
 from launch import environment
 from launch.hosts import HostSigns, Route, find_route
 from launch.log_folder import log_directory, record_outcome
@@ -42,8 +42,6 @@ WORKER_MODULE = "gpt.train"
 MEETING_TIMEOUT_SECONDS = 600
 SHUTDOWN_TIMEOUT_SECONDS = 30
 """How long workers may take to end after SIGTERM before they get SIGKILL."""
-STOPPED_EXIT_CODE = 85
-"""Stopped on request, to be continued."""
 
 
 def default_processes() -> tuple[int, str]:

@@ -48,7 +48,8 @@ def refusals_recorded(run_directory: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
             if run_directory.is_dir():
-                failure = "another start" if isinstance(error, InUseError) else "refused"
+                failure = "not met" if isinstance(error, ConnectionError) else "refused"
+                failure = "another start" if isinstance(error, InUseError) else failure
                 details = {"failure": failure, "reason": " ".join(str(error).split()), "host": host_label()}
                 record_outcome(log_directory(run_directory), "failed", exit_code=1, **details)
         raise

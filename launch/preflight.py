@@ -9,6 +9,7 @@ from typing import Any
 
 from gpt.recipe import Recipe
 from launch import environment, local
+from launch.hub import fetch
 
 
 def run_preflight(
@@ -17,10 +18,11 @@ def run_preflight(
     """Start this host's ranks for a look; returns the report.
 
     Raises:
-        ValueError: numbers that do not fit together.
+        ValueError: numbers that do not fit together, or what the hub does not give.
         OSError: the hosts did not meet, or the ranks ended without a report; why is on stderr.
     """
     started = time.monotonic()
+    recipe = fetch(recipe)  # as `train` does
     if processes is None:
         processes, _ = local.default_processes()
     items = [_build_locks()]

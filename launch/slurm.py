@@ -326,7 +326,8 @@ def partitions() -> list[dict[str, str]]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines() if done.returncode == 0]
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if line.startswith("PartitionName=")]
 
 
 def chosen_partitions(found: list[dict[str, str]], names: str | None) -> list[dict[str, str]]:

@@ -102,7 +102,7 @@ def newest_outcome(facts: RunFacts) -> Event | None:
     restart = facts.last("restart")
     since = max(since, restart["time"]) if restart is not None else since
     found = [o for o in facts.outcomes if o["time"] >= since and o.get("failure") != "another start"]
-    unclaimed = [o for o in found if o["generation"] is None and o.get("failure") == "refused"]
+    unclaimed = [o for o in found if o["generation"] is None and o.get("failure") in ("refused", "not met")]
     refused = [outcome for outcome in unclaimed if outcome["time"] > (facts.last_sign or 0.0)]
     # a rank whose peer on another host has died fails, too, in other words
     order = {"killed": 0, "exit": 1, "exception": 2}
@@ -163,7 +163,12 @@ def sweep_report(folder: Path) -> list[dict[str, Any]]:
         except (FileNotFoundError, ValueError):
             shown = {"run": str(run), "state": "not started", "step": 0, "loss": None, "validation": None}
         found.append({"name": entry.name, "values": entry.values, **shown})
-    return sorted(found, key=lambda row: row["validation"]["loss"] if row["validation"] else math.inf)
+    return sorted(found, key=_validation_order)
+
+
+def _validation_order(row: dict[str, Any]) -> float:
+    loss = row["validation"]["loss"] if row["validation"] else None
+    return math.inf if loss is None else float(loss)
 
 
 def loss_trend(losses: list[float | None]) -> dict[str, Any] | None:
@@ -252,7 +257,7 @@ def _remarks(facts: RunFacts, state: State) -> list[str]:
         remarks += [
             f"another start was refused at {clock(outcome['time'])}: {outcome['reason']}"
             for outcome in facts.outcomes[-1:]
-            if outcome["generation"] is None and outcome.get("failure") in ("refused", "another start")
+            if outcome["generation"] is None and outcome.get("failure") in ("refused", "not met", "another start")
         ]
     return remarks
 
@@ -264,7 +269,9 @@ def describe(found: dict[str, Any]) -> list[str]:
     if found["loss"] is not None:
         lines.append(f"loss: {found['loss']:.4f}" + _describe_trend(found["trend"]))
     if found["validation"]:
-        lines.append(f"validation: {found['validation']['loss']:.4f} at step {found['validation']['step']:,}")
+        loss = found["validation"]["loss"]  # None: metrics.jsonl has no other word for a number that is not finite
+        text = "not finite" if loss is None else f"{loss:.4f}"
+        lines.append(f"validation: {text} at step {found['validation']['step']:,}")
     if found["tokens_per_second"]:
         speed = f"speed: {found['tokens_per_second']:,.0f} tokens/s"
         speed += f", {found['step_seconds']:.3g} s a step" if found["step_seconds"] else ""
@@ -274,7 +281,7 @@ def describe(found: dict[str, Any]) -> list[str]:
     lines += [f"checkpoint: {age}", f"starts: {found['starts']}"]
     lines += [f"restart at {clock(restart['time'])}: {restart['reason']}" for restart in found["restarts"]]
     if found["skipped_steps"] or found["rollbacks"]:
-        lines.append(f"skipped steps: {found['skipped_steps']:.0f}, rollbacks: {found['rollbacks']}")
+        lines.append(f"skipped steps: {found['skipped_steps'] or 0:.0f}, rollbacks: {found['rollbacks']}")
     if found["goodput"]:
         share, seconds = found["goodput"]["share"], found["goodput"]["seconds"]
         lines.append(

@@ -116,7 +116,8 @@ def what_to_watch(answer: dict[str, Any]) -> list[str]:
     ]
     lines += [f"run: {run}" for run in answer["runs"]]
     lines += [f"output: {log}" for log in answer["logs"]]
-    boards = home if len(answer["runs"]) == 1 else shlex.quote(str(Path(answer["runs"][0]).parent))
+    first = Path(answer["runs"][0])
+    boards = shlex.quote(str(first if len(answer["runs"]) == 1 else first.parent))
     ids = ",".join([*answer["job_ids"], *filter(None, [answer["export_job_id"]])])
     watch = [f"trainyard status {home} --watch", f"squeue --jobs={ids}", f"tensorboard --logdir {boards}"]
     whys = [f"trainyard why {shlex.quote(run)}" for run in answer["runs"]]

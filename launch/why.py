@@ -10,14 +10,13 @@ from typing import Any
 
 import psutil
 
+from gpt.checkpoint.format import SPARE_BYTES
 from gpt.heartbeat import Sign, find_behind, heartbeat_file
 from launch.run_facts import Event, RunFacts, read_facts
 from launch.status import State, clock, duration, is_alive, judge
 from launch.submitted import is_sweep, read_sweep
 
 TRACEBACK_LINES = 4
-SPARE_BYTES = 16 * 2**20
-"""With less nothing can be counted on to be written: the saver does not begin a save then."""
 LIMIT_SECONDS = 90.0
 """A last sign so shortly before the time limit, or later, means that the limit ended the job."""
 GO_ON = "give the same command again: the run goes on from its newest checkpoint"
@@ -122,6 +121,7 @@ def _failed(facts: RunFacts, state: State) -> Explanation:
         return replace(by_slurm, headline=headline, evidence=[_said(outcome)])
     kinds: dict[str, Callable[[RunFacts, Event], Explanation]] = {
         "refused": _refused,
+        "not met": _not_met,
         "exception": _exception,
         "killed": _killed,
         "hang": _ended_hang,
@@ -168,6 +168,11 @@ def _refused(facts: RunFacts, outcome: Event) -> Explanation:
         return Explanation("stopped itself", f"It stopped itself in step {outcome['step']}: {reason}.", GO_ON, evidence)
     todo = "do what the sentence says, then give the same command again"
     return Explanation("refused", f"Its start was refused: {reason}.", todo, evidence)
+
+
+def _not_met(facts: RunFacts, outcome: Event) -> Explanation:
+    todo = "see in the other hosts' folders of `logs/` how far they came; then start all of them together"
+    return Explanation("hosts did not meet", f"It did not begin: {outcome['reason']}.", todo, [_said(outcome)])
 
 
 def _exception(facts: RunFacts, outcome: Event) -> Explanation:
@@ -242,7 +247,7 @@ def _dead(facts: RunFacts, state: State) -> Explanation:
 def _ended_by_slurm(facts: RunFacts) -> Explanation | None:
     """What Slurm says of its end of the run's job, or its record of the time limit; None where neither explains it."""
     job, last = facts.job, facts.last_sign or 0.0
-    if job is None:
+    if job is None or facts.claim.get("job", job.job) is None:  # none, or the newest start was no longer in it
         return None
     if job.state in SLURM_ENDS:
         cause, what, todo = SLURM_ENDS[job.state]

@@ -165,8 +165,8 @@ up() {
 
 down() {
   local pids
-  [ -d "$folder" ] || return 0
-  [ -e "$conf" ] || [ -z "$(ls -A "$folder")" ] || fail "$folder is not a folder of a mini cluster: nothing was removed"
+  [ ! -d "$folder" ] || [ -e "$conf" ] || [ -z "$(ls -A "$folder")" ] ||
+    fail "$folder is not a folder of a mini cluster: nothing was removed"
   while pids="$(processes)" && [ -n "$pids" ]; do # again: one of them may just have started another
     # shellcheck disable=SC2086 # several numbers; nothing is kept, so nothing has to end in order
     kill -KILL $pids 2>/dev/null || true

@@ -19,6 +19,8 @@ VERSION = "checkpoint/1"
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 8 * 1024 * 1024
 """Files are hashed in blocks of this size, so that a reader can verify exactly the part that it reads."""
+SPARE_BYTES = 16 * 2**20
+"""What a save leaves free on the disk: with less, no save is begun and nothing can be counted on to be written."""
 
 STEP_PATTERN = re.compile(r"^step_(\d{8,})$")
 Precision = Literal["bf16", "fp16", "fp32"]

@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,11 +29,18 @@ def processes_of(conf: str) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
+@pytest.fixture
+def second(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of another cluster, of which nothing is left afterwards, also where the test fails."""
+    monkeypatch.setenv("TRAINYARD_MINI_CLUSTER", str(tmp_path / "c"))
+    yield tmp_path / "c"
+    assert mini_cluster("down").returncode == 0
+
+
 def test_it_comes_up_after_kills_and_leaves_nothing(
-    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Path, second: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, conf = cluster / "slurm.conf", tmp_path / "c" / "slurm.conf"
-    monkeypatch.setenv("TRAINYARD_MINI_CLUSTER", str(conf.parent))
+    other, conf = cluster / "slurm.conf", second / "slurm.conf"
     refused = mini_cluster("up")
     assert refused.returncode == 1 and f"SLURM_CONF names another cluster ({other})" in refused.stderr
     monkeypatch.delenv("SLURM_CONF")
@@ -55,6 +64,15 @@ def test_it_comes_up_after_kills_and_leaves_nothing(
     assert processes_of(str(conf)) == [] and not conf.parent.exists()
     monkeypatch.setenv("SLURM_CONF", str(other))
     assert command("sinfo", "--noheader").count("train") > 0, "the other cluster stays"
+
+
+def test_down_finds_daemons_whose_folder_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_MINI_CLUSTER", str(tmp_path / "deleted"))
+    (tmp_path / "slurmd").symlink_to(sys.executable)  # by whose name the process goes
+    variables = os.environ | {"SLURM_CONF": str(tmp_path / "deleted" / "slurm.conf")}
+    daemon = subprocess.Popen([tmp_path / "slurmd", "-c", "import time; time.sleep(60)"], env=variables)
+    assert mini_cluster("down").returncode == 0
+    assert daemon.wait(timeout=10) == -signal.SIGKILL
 
 
 def test_what_is_no_cluster_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,20 @@
 """What a Slurm job decides at its end, and when it stops by itself; a real Slurm is in tests/slurm."""
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpt.heartbeat import Heartbeat
+from gpt.run_directory import RunDirectory
 from gpt.stop_requests import ends_at_once
+from launch import job as jobs
 from launch.job import Job, Start, _earlier_end, _note_lost_start, decide, seconds_needed
 
 REFUSED = {"event": "failed", "time": 1.0, "failure": "refused", "reason": "data.train: no folder"}
+NOT_MET = {"event": "failed", "time": 1.0, "failure": "not met", "reason": "the 2 hosts of the run did not meet"}
 CRASHED = {"event": "failed", "time": 1.0, "failure": "exception", "reason": "rank 0 failed: ZeroDivisionError"}
 KILLED = {"event": "failed", "time": 2.0, "failure": "killed", "reason": "rank 1 was killed by SIGKILL"}
 FAILED_AT_12 = {"decision": "failed", "began": 0, "checkpoint": 10, "step": 12}
@@ -41,6 +46,8 @@ def start(code: int, *outcomes: dict[str, Any], asked: bool = False, **changes: 
         (start(1, REFUSED, asked=True), [], "refused"),
         (start(2), [], "refused"),
         (start(1, CRASHED), [], "failed"),
+        (start(1, NOT_MET, NOT_MET), [], "failed"),
+        (start(1, NOT_MET, REFUSED), [], "refused"),
         (start(86, KILLED), [STOPPED_AT_10], "failed"),
         (start(1), [], "failed"),
         (start(86, KILLED), [FAILED_AT_12], "no progress"),
@@ -93,6 +100,43 @@ def test_a_start_that_could_not_say_how_it_ended_is_noted_by_the_next(tmp_path: 
     second.note("job ended", decision="failed", reason="a crash")
     _note_lost_start(Job("7", 2, tmp_path, tmp_path / "recipe.yaml"))
     assert [(e["decision"], e["restart"]) for e in first.events("job ended")] == [("lost", 0), ("failed", 1)]
+
+
+def test_a_start_waits_until_the_one_that_a_lost_node_has_ended_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    job = Job("7", 1, tmp_path, tmp_path / "recipe.yaml")
+    jobs._wait_for_last_start(job)
+    owner = RunDirectory(tmp_path)
+    owner.claim(stale_seconds=40)
+    [file] = tmp_path.glob("generations/*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"process_space": "elsewhere"}))
+    jobs._wait_for_last_start(job)
+    assert slept == [pytest.approx(40 + jobs.POLL_SECONDS, abs=10)]
+    Heartbeat(tmp_path, owner.generation, 0, 60.0).end()
+    jobs._wait_for_last_start(job)
+    assert len(slept) == 1, "that one has ended"
+
+
+@pytest.mark.parametrize(("failures", "words"), [(2, ""), (99, "Unable to contact slurm controller; submit the run")])
+def test_a_controller_that_is_away_for_a_while_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failures: int, words: str
+) -> None:
+    calls = tmp_path / "calls"
+    script = f"""#!/bin/sh
+echo "$*" >>{calls}
+[ $(wc -l <{calls}) -gt {failures} ] || {{ echo 'Unable to contact slurm controller' >&2; exit 1; }}
+"""
+    (tmp_path / "scontrol").write_text(script)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(jobs, "RETRY_SECONDS", 0.0)
+    jobs._requeue(Job("7", 0, tmp_path, tmp_path / "recipe.yaml"))
+    assert calls.read_text().splitlines() == ["requeue 7"] * min(failures + 1, jobs.TRIES)
+    said = capsys.readouterr().out
+    assert words in said and bool(said) == bool(words)
 
 
 def test_in_a_job_only_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,13 @@ def test_one_rank_differs(changes: dict[str, Any], sentence: str) -> None:
     assert found.startswith(sentence)
 
 
+def test_a_commit_that_a_host_cannot_tell_is_no_other_one() -> None:
+    versions = [{"git_commit": commit} for commit in ("abc", None, "abc+changes")]
+    assert failed([facts(0, versions=versions[0]), facts(1, versions=versions[1])]) == []
+    [other] = failed([facts(0, versions=versions[0]), facts(1, versions=versions[2])])
+    assert "git_commit 'abc+changes' and not 'abc'" in other
+
+
 def test_what_all_ranks_say_is_said_once() -> None:
     assert failed([facts(0, problem="bad"), facts(1, problem="bad")]) == ["recipe and data: all ranks: bad"]
 

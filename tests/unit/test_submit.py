@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from gpt.recipe_file import PROJECT_ROOT, load_recipe
 from launch import cli, hub, slurm, submit
+from launch.preflight import run_preflight
 from launch.slurm import Lead, Request, Task
 from launch.submitted import read_sweep, submitted_jobs
 
@@ -537,3 +538,11 @@ def test_what_cannot_be_fetched_is_said_here(
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | changes))
     assert words in refusal(recipe)
     assert calls(login_node) == []
+
+
+def test_preflight_fetches_what_train_would(recipe: Path, fetched: list[str]) -> None:
+    changes = {"model": {"pretrained": "hf://some/model"}, "tokenizer": "hf://absent/name"}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | changes))
+    with pytest.raises(ValueError, match="tokenizer absent/name cannot be fetched from the hub: no connection"):
+        run_preflight(load_recipe(str(recipe)), processes=1, nodes=1, node_rank=0, rendezvous=None)
+    assert fetched == ["some/model"]

@@ -356,6 +356,10 @@ def test_a_start_that_is_refused_before_any_rank_is_there(recipe: Recipe) -> Non
         raise FileNotFoundError("data/train is not there:\n prepare it")
     state, cause, headline, _ = explained(recipe)
     assert (state, cause) == ("failed", "refused") and "data/train is not there: prepare it" in headline
+    with pytest.raises(ConnectionError), refusals_recorded(run):
+        raise ConnectionError("the 2 hosts of the run did not meet at host0:29500")
+    state, cause, headline, _ = explained(recipe)
+    assert (state, cause) == ("failed", "hosts did not meet") and "did not meet at host0:29500" in headline
 
 
 # The numbers
@@ -523,6 +527,14 @@ def test_the_signal_that_a_launcher_saw_was_slurms(tmp_path: Path, slurm: Any) -
     assert "its time limit (TIMEOUT)" in (headline := why.explain(tmp_path)["headline"]) and reason in headline
 
 
+def test_an_earlier_job_does_not_explain_the_end_of_a_start_without_one(tmp_path: Path, slurm: Any) -> None:
+    slurm("NODE_FAIL")
+    owner = job_of(tmp_path, {"job": None})
+    owner.write_event("job started", job="28", restart=0)
+    owner.write_event("failed", failure="killed", signal="SIGKILL", out_of_memory=False, reason="rank 1 was killed")
+    assert explained_state(tmp_path) == ("failed", "killed")
+
+
 @pytest.mark.parametrize(("seconds_left", "cause"), [(20, "time limit"), (2000, "died without a word")])
 def test_the_time_limit_by_the_record_that_the_job_kept_where_slurm_has_forgotten_it(
     tmp_path: Path, slurm: Any, seconds_left: int, cause: str
@@ -596,3 +608,16 @@ def test_a_sweep_is_a_table_with_the_best_run_first(tmp_path: Path, capsys: pyte
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["fast", "slow", "later"]
     with pytest.raises(ValueError, match=r"lr\.sweep is a sweep's folder: ask for one of its runs, .*/slow, "):
         why.explain(tmp_path / "lr.sweep")
+
+
+def test_a_validation_that_is_not_finite_is_the_worst(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "lr.sweep", [SweepRun(name, {}) for name in ("lost", "good")])
+    owner = trained(tmp_path / "lost", 20)
+    trained(tmp_path / "good", 10)
+    writer = MetricsWriter(owner, 20, 100, 1000)
+    writer.write(21, {"evaluate/loss": float("nan")})
+    writer.close()
+    owner.write_event("rollback", step=21)
+    assert [row["name"] for row in status.sweep_report(tmp_path / "lr.sweep")] == ["good", "lost"]
+    said = status.describe(status.report(tmp_path / "lost"))
+    assert "validation: not finite at step 21" in said and "skipped steps: 0, rollbacks: 1" in said
