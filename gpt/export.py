@@ -100,6 +100,8 @@ def export_model(
     memory, or where the gate found the folder unequal to the live engine.
     """
     out = Path(out)
+    if out.is_symlink() or out.name in ("", ".."):  # the finished folder gets its name by a rename, which needs one
+        out = out.resolve()
     _check_allowed(source, out, ungated)
     check_licence(licence)
     shard_bytes = parse_size(max_shard_size)
@@ -143,6 +145,8 @@ def export_model(
 def _check_allowed(source: ExportSource, out: Path, ungated: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; give another folder, or remove this one.")
+    if out.is_mount():
+        raise ValueError(f"{out} is a mount point, which the finished folder cannot replace; give a folder in it.")
     if source.probe is None and not ungated:
         raise ValueError(
             f"{source.weights.directory} has no probe of the live engine, so an export could not be checked; "

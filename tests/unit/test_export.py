@@ -182,6 +182,22 @@ def test_only_a_model_that_saw_chats_keeps_the_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process_gate")
+def test_an_empty_folder_may_be_named_by_a_link_or_be_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "run", make_model())
+    for name in ("behind", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("behind")
+    export_run(tmp_path / "run", tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "here")
+    export_run(tmp_path / "run", Path("."))
+    for name in ("link", "behind", "here"):
+        assert report_of(tmp_path / name)["passed"]
+    assert (tmp_path / "link").is_symlink() and leftovers(tmp_path) == []
+
+
+@pytest.mark.usefixtures("in_process_gate")
 def test_newest_or_given_step(tmp_path: Path) -> None:
     for step, seed in ((5, 1), (10, 2)):
         write_checkpoint(tmp_path / "run", make_model(seed=seed), step=step)
@@ -323,6 +339,15 @@ def test_greedy_text_may_differ_only_at_a_tie(good_export: tuple[Path, dict[str,
     assert ("greedy" in failed_checks(folder, tied)) == (gap > tolerance)
 
 
+def test_a_row_in_which_nothing_counts_has_the_loss_that_was_recorded(
+    good_export: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, expected = good_export
+    nothing = expected["probe"] | {"targets": [-1] * len(expected["probe"]["targets"]), "loss": 0.0}
+    assert failed_checks(folder, expected | {"probe": nothing}) == set()
+    assert failed_checks(folder, expected | {"probe": nothing | {"loss": 5.0}}) == {"loss"}
+
+
 def test_every_recorded_logit_must_be_met_and_no_other_may_lie_above() -> None:
     """Each of the three ways to be wrong alone, so that one cannot hide behind another."""
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0], [1.0, 5.0, 4.0, 0.0]])
@@ -374,6 +399,10 @@ def test_refusals_before_anything_is_written(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(ValueError, match="full is not empty"):
         export_run(run, tmp_path / "full")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+        with pytest.raises(ValueError, match=r"disk is a mount point, .*; give a folder in it"):
+            export_run(run, tmp_path / "disk")
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
@@ -447,6 +476,9 @@ def test_damaged_or_wrong_checkpoints_are_refused_and_leave_nothing(tmp_path: Pa
     change_manifest(directory, model_config=config | {"model_type": "perceptron"})
     refused("model type 'perceptron' of the checkpoint is unknown")
 
+    change_manifest(write_checkpoint(run, make_model()), model_config=config | {"hidden_size": "large"})
+    refused(r"configuration of a llama model: .* expected int, got str")
+
 
 def test_buffers_are_exported_in_their_own_dtype(tmp_path: Path) -> None:
     """No current causal model stores a persistent buffer, so one is planted in the checkpoint."""
@@ -459,6 +491,14 @@ def test_buffers_are_exported_in_their_own_dtype(tmp_path: Path) -> None:
     tensor = plan_tensors(weights, empty, torch.bfloat16)[-1]
     assert (tensor.name, tensor.dtype, tensor.shape) == ("seen", "I64", (3,))
     assert torch.equal(tensor.read(), torch.tensor([3, 1, 4]))  # type: ignore[arg-type]
+
+
+def test_a_template_that_refuses_an_answer_is_one_sentence(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", make_model(), data_kind="chat")
+    (tmp_path / "run" / "tokenizer" / "chat_template.jinja").write_text("{{ raise_exception('Never') }}")
+    with pytest.raises(ValueError, match=r"chat template of .*tokenizer refuses a question with its answer: Never"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_end_tokens_of_templates(tmp_path: Path) -> None:
