@@ -259,7 +259,8 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
     `errors` is where a worker leaves why it refused (`rank_N.txt`) or failed (`rank_N.traceback.txt`).
     """
     before = dict(os.environ)
-    if own := environment.own_settings(processes):
+    own = environment.own_settings(processes)
+    if own and os.environ.get("SLURM_NODEID", "0") == "0":  # a job's nodes have one environment and one output
         print(f"environment: your own settings stay: {', '.join(own)}", flush=True)
     chosen = environment.worker_environment(processes)
     os.environ.update(chosen)
