@@ -22,6 +22,8 @@ import torch.distributed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from transformers.integrations import HfDeepSpeedConfig
 
+from gpt.run_directory import NotMetError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -64,11 +66,11 @@ class Meeting:
         self._store.set(f"{name}/{of}", json.dumps(value))
 
     def hear(self, name: str, of: int) -> Any:
-        """What was or will be told under that name and number. Raises ConnectionError when nobody does."""
+        """What was or will be told under that name and number. Raises NotMetError when nobody does."""
         try:
             return json.loads(self._store.get(f"{name}/{of}"))
         except torch.distributed.DistError as error:
-            raise ConnectionError(
+            raise NotMetError(
                 f"nothing was heard of the {name} of number {of} in {self._timeout_seconds:.0f} s: {error}"
             ) from error
 

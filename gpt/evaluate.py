@@ -233,7 +233,10 @@ def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:
         return model.to(device), own if own.exists() else Path(recipe.tokenizer), recipe.data.sequence_length
     model = load_model(source, loading)
     report = source / "export_report.json"
-    recorded = json.loads(report.read_text(encoding="utf-8")).get("sequence_length") if report.exists() else None
+    try:
+        recorded = json.loads(report.read_text(encoding="utf-8")).get("sequence_length") if report.exists() else None
+    except (ValueError, AttributeError):
+        raise ValueError(f"{report} is damaged: export the run again, or remove the file") from None
     positions = getattr(model.config, "max_position_embeddings", LARGEST_DEFAULT_SEQUENCE_LENGTH)
     return model, source, recorded or min(positions, LARGEST_DEFAULT_SEQUENCE_LENGTH)
 

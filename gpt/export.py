@@ -99,8 +99,7 @@ def export_model(
     Raises ValueError for an `out` that is not empty, damaged files, a tokenizer that does not fit, too little disk or
     memory, or where the gate found the folder unequal to the live engine.
     """
-    out = Path(out)
-    _check_allowed(source, out, ungated)
+    out = _checked_out(Path(out), source, ungated)
     check_licence(licence)
     shard_bytes = parse_size(max_shard_size)
     precision = _precision(dtype, source.weights.precision)
@@ -140,14 +139,20 @@ def export_model(
     }
 
 
-def _check_allowed(source: ExportSource, out: Path, ungated: bool) -> None:
+def _checked_out(out: Path, source: ExportSource, ungated: bool) -> Path:
+    """The folder's place, where an empty folder may be. Raises ValueError where nothing may be written."""
+    if out.is_symlink() or out.name in ("", ".."):  # the finished folder gets its name by a rename, which needs one
+        out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; give another folder, or remove this one.")
+    if out.is_mount():
+        raise ValueError(f"{out} is a mount point, which the finished folder cannot replace; give a folder in it.")
     if source.probe is None and not ungated:
         raise ValueError(
             f"{source.weights.directory} has no probe of the live engine, so an export could not be checked; "
             f"--ungated exports it all the same, marked as unchecked."
         )
+    return out
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt.checkpoint.format import Precision
@@ -41,13 +42,20 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def expected_of(source: ExportSource, precision: Precision) -> dict[str, Any]:
     """What the gate holds the folder against: the live engine's probe, samples of the run's own tokenizer, and, where
-    more than the training dtype is exported, the checkpoint's fp32 masters."""
+    more than the training dtype is exported, the checkpoint's fp32 masters.
+
+    Raises ValueError for a chat template that refuses a question with its answer."""
     tokenizer = source.tokenizer
     wider = precision == "fp32" and source.weights.precision != "fp32"
     chat = None
     if tokenizer.chat_template is not None:
-        prompt = tokenizer.apply_chat_template(SAMPLE_CHAT[:-1], add_generation_prompt=True, return_dict=False)
-        ids = tokenizer.apply_chat_template(SAMPLE_CHAT, return_dict=False)
+        try:
+            prompt = tokenizer.apply_chat_template(SAMPLE_CHAT[:-1], add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(SAMPLE_CHAT, return_dict=False)
+        except TemplateError as error:
+            raise ValueError(
+                f"The chat template of {tokenizer.name_or_path} refuses a question with its answer: {error}"
+            ) from error
         chat = {"messages": SAMPLE_CHAT, "prompt_ids": prompt, "ids": ids}
     return {
         "training_dtype": source.weights.precision,

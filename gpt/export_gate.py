@@ -165,7 +165,8 @@ def _check_logits(logits: torch.Tensor, probe: dict[str, Any], tolerance: float)
 def _check_loss(logits: torch.Tensor, probe: dict[str, Any], tolerance: float) -> Check:
     targets = torch.tensor(probe["targets"])
     counted = int((targets >= 0).sum())
-    loss = float(torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1))
+    # as the live engine recorded it: 0 of a row in which nothing counts
+    loss = float(torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")) / max(1, counted)
     # A token's loss moves by at most twice what its logits move; the errors of many tokens average out.
     allowed = 2 * tolerance / math.sqrt(max(1, counted))
     difference = abs(loss - probe["loss"])

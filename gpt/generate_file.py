@@ -146,7 +146,8 @@ def _finished(partial: Path, call: dict[str, Any], at_once: int, rows: int) -> i
     """How many answers the partial file holds; an empty one gets its first line.
 
     Its first line tells the call that began it. What a kill left of answers that are written together is cut off, so
-    that the rest is answered in the batches of an uninterrupted call. Raises ValueError when another call began it.
+    that the rest is answered in the batches of an uninterrupted call. Raises ValueError when another call began it, or
+    it is something else.
     """
     lines = partial.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
@@ -154,7 +155,10 @@ def _finished(partial: Path, call: dict[str, Any], at_once: int, rows: int) -> i
     if not lines:
         partial.write_text(json.dumps(call) + "\n", encoding="utf-8")
         return 0
-    began = json.loads(lines[0])
+    try:
+        began = dict(json.loads(lines[0]))
+    except (ValueError, TypeError):
+        raise ValueError(f"{partial} holds no answers that a call had begun; move it away.") from None
     if differing := [name for name in call if began.get(name) != call[name]]:
         raise ValueError(
             f"{partial} was begun by a call with other {' and '.join(differing)}; repeat that call, or remove the file."

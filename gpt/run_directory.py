@@ -67,6 +67,10 @@ class InUseError(ValueError):
         self.stale_in_seconds = stale_in_seconds
 
 
+class NotMetError(ConnectionError):
+    """The hosts or the ranks of a start did not meet in time. Unlike a refusal, another start may go better."""
+
+
 def compare_recipes(stored: Recipe, new: Recipe) -> list[str]:
     """What a run that goes on changes and is announced, as "field: old -> new".
 

@@ -34,7 +34,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         systemone_handler=unused,
         generation_state=state,
     )
-    for kind in (HTTPException, ValueError, KeyError, TemplateError):
+    for kind in (HTTPException, ValueError, KeyError, TypeError, TemplateError):
         app.add_exception_handler(kind, _refuse)
     return _Gate(app, token)
 

@@ -26,7 +26,7 @@ from gpt.model import build_config, check_frozen
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
-from gpt.run_directory import InUseError, SupersededError, compare_recipes, stored_recipe
+from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_recipes, stored_recipe
 from gpt.stop_requests import StopRequests
 
 MEETING_SECONDS = 600.0
@@ -166,6 +166,8 @@ def main() -> NoReturn:
     except (ValueError, OSError, SupersededError) as error:
         if isinstance(error, SupersededError | InUseError):
             (errors / f"rank_{rank}.another_start").touch()
+        if isinstance(error, NotMetError):
+            (errors / f"rank_{rank}.not_met").touch()
         (errors / f"rank_{rank}.txt").write_text(str(error), encoding="utf-8")
         (errors / f"rank_{rank}.details.txt").write_text(traceback.format_exc(), encoding="utf-8")
     except Exception:

@@ -150,16 +150,18 @@ class HostSigns:
             while not self._stop.wait(SIGN_SECONDS):
                 self._exchange_once(store)
             store.set(self._key("left", self._node_rank), "1")
-        except DistError:
+        except (DistError, OSError):
             # Host 0's launcher has ended, or nobody met. A host that is cut off gives no error, but no answer either.
             self._heard.clear()
 
     def _connect(self) -> TCPStore:
-        timeout = timedelta(seconds=SIGN_SECONDS)
+        place, timeout = (self._route.address, self._route.port), timedelta(seconds=SIGN_SECONDS)
         while True:
             try:
-                return TCPStore(self._route.address, self._route.port, is_master=False, timeout=timeout)
-            except DistError:  # host 0 is not there yet; how long one waits for it is the agent's to say
+                # torch would print a stack trace for each time that nobody listens
+                socket.create_connection(place, SIGN_SECONDS).close()
+                return TCPStore(*place, is_master=False, timeout=timeout)
+            except (DistError, OSError):  # host 0 is not there yet; how long one waits for it is the agent's to say
                 if self._stop.wait(SIGN_SECONDS):
                     raise
 

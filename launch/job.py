@@ -51,6 +51,8 @@ class Decision:
     """finished, go on, failed (and go on), refused, no progress or cancelled. Of a start that could not say, the job's
     next one writes: lost."""
     reason: str
+    asked: bool = False
+    """Whether it was asked to stop, by its time limit or its user: not by preemption, which says nothing of the run."""
 
     @property
     def goes_on(self) -> bool:
@@ -164,7 +166,7 @@ def run_job(
     requeued = int(fields.get("Restarts", job.restart)) > job.restart
     start = Start(code, outcomes, asked, fields, began, job.checkpoint(), job.step(), requeued)
     decision = decide(start, job.events("job ended"))
-    what = {"decision": decision.name, "reason": decision.reason, "exit_code": code}
+    what = {"decision": decision.name, "reason": decision.reason, "asked": decision.asked, "exit_code": code}
     job.note("job ended", **what, began=began, checkpoint=start.checkpoint, step=start.step)
     print(f"trainyard: job {job.id}, start {job.restart + 1}: {decision.name}: {decision.reason}", flush=True)
     if decision.goes_on and requeue and not requeued:
@@ -193,10 +195,11 @@ def decide(start: Start, ended: Sequence[dict[str, Any]]) -> Decision:
         return Decision("go on", "Slurm put the job back into the queue by itself: a node failed, or it was preempted")
     if start.code == STOPPED_EXIT_CODE or (asked and not refusals):
         gained = start.checkpoint > start.began
-        if not gained and not preempted and last.get("decision") == "go on" and last["checkpoint"] <= last["began"]:
+        if not gained and not preempted and last.get("asked") and last["checkpoint"] <= last["began"]:
             why = "it was asked to stop before it had trained a step, twice in a row: is the time limit too short?"
             return Decision("no progress", why)
-        return Decision("go on", f"asked to stop; its newest checkpoint is of step {start.checkpoint}")
+        reason = f"asked to stop; its newest checkpoint is of step {start.checkpoint}"
+        return Decision("go on", reason, asked=not preempted)
     if refusals or start.code == 2:
         return Decision("refused", "; ".join(dict.fromkeys(refusals)) or "the command line was refused")
     # the first to fail knows why; the others only say that it went away

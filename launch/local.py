@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gpt.heartbeat import read_beats
-from gpt.run_directory import SupersededError, claimed_from, host_label, newest_generation
+from gpt.run_directory import NotMetError, SupersededError, claimed_from, host_label, newest_generation
 from gpt.stop_requests import REQUEST_NAME, SAME_REQUEST_SECONDS, SIGNALS, STOPPED_EXIT_CODE, ends_at_once
 from launch import environment
 from launch.hosts import HostSigns, Route, find_route
@@ -130,8 +130,9 @@ class _Outcome:
 
     exit_code: int
     details: dict[str, Any] = field(default_factory=dict)
-    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, another start, exception, killed,
-    exit, hang) and as far as known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, `file` of a traceback."""
+    """For events.jsonl: `reason` in one line; where it failed, `failure` (refused, another start, not met, exception,
+    killed, exit, hang, second signal) and as far as known `rank`, `signal` or `rank_exit_code`, `out_of_memory`, `file`
+    of a traceback."""
     may_start_again: bool = False
     """Whether another start may help."""
 
@@ -170,7 +171,7 @@ def _run_group(
             print("\n".join(lines), file=sys.stderr, flush=True)
             return outcome
         except (RendezvousError, torch.distributed.DistError) as error:
-            raise ConnectionError(
+            raise NotMetError(
                 f"the {config.max_nodes} hosts of the run did not meet at {config.rdzv_endpoint}: "
                 f"{' '.join(str(error).split())}; start all within {MEETING_TIMEOUT_SECONDS} s, with a port free on "
                 "host 0 and open to the others"
@@ -258,7 +259,8 @@ def _environment_for(recipe: "Recipe", processes: int, errors: Path) -> Iterator
     `errors` is where a worker leaves why it refused (`rank_N.txt`) or failed (`rank_N.traceback.txt`).
     """
     before = dict(os.environ)
-    if own := environment.own_settings(processes):
+    own = environment.own_settings(processes)
+    if own and os.environ.get("SLURM_NODEID", "0") == "0":  # a job's nodes have one environment and one output
         print(f"environment: your own settings stay: {', '.join(own)}", flush=True)
     chosen = environment.worker_environment(processes)
     os.environ.update(chosen)
@@ -353,9 +355,10 @@ def _explain(
     if hang is not None:
         found = {"failure": "hang", "reason": hang}
         return _Outcome(HANG_EXIT_CODE, found, may_start_again=True), [place, f"trainyard: error: {hang}"]
-    refusals = [file.read_text(encoding="utf-8").strip() for file in sorted(logs.glob("rank_*[0-9].txt"))]
-    if refusals := list(dict.fromkeys(refusals)):
-        failure = "another start" if any(logs.glob("rank_*.another_start")) else "refused"
+    files = sorted(logs.glob("rank_*[0-9].txt"))
+    if refusals := list(dict.fromkeys(file.read_text(encoding="utf-8").strip() for file in files)):
+        failure = "not met" if len(list(logs.glob("rank_*.not_met"))) == len(files) else "refused"
+        failure = "another start" if any(logs.glob("rank_*.another_start")) else failure
         found = {"failure": failure, "reason": "; ".join(refusals)}
         return _Outcome(1, found), [f"trainyard: error: {sentence}" for sentence in refusals]
     tracebacks = {_rank_of(file): file for file in logs.glob("rank_*.traceback.txt")}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt.run_directory import InUseError, host_label
+from gpt.run_directory import InUseError, NotMetError, host_label
 
 OUTCOME_NAME = "outcome.json"
 
@@ -48,7 +48,7 @@ def refusals_recorded(run_directory: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
             if run_directory.is_dir():
-                failure = "not met" if isinstance(error, ConnectionError) else "refused"
+                failure = "not met" if isinstance(error, NotMetError) else "refused"
                 failure = "another start" if isinstance(error, InUseError) else failure
                 details = {"failure": failure, "reason": " ".join(str(error).split()), "host": host_label()}
                 record_outcome(log_directory(run_directory), "failed", exit_code=1, **details)

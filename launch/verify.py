@@ -77,6 +77,11 @@ def _verify_export(directory: Path, progress: Progress | None) -> int:
         entries = {name: FileEntry.model_validate(entry) for name, entry in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged: export the run again into another folder") from None
+    unlisted = sorted({file.name for file in directory.glob("*.safetensors")} - entries.keys())
+    if unlisted or not entries:
+        raise ValueError(
+            f"{path} has no checksum of {', '.join(unlisted) or 'any file'}: export the run again into another folder"
+        )
     done = 0
     for name, entry in entries.items():
         VerifiedFile(directory / name, entry).verify()

@@ -187,12 +187,19 @@ def open_checkpoint(run: Path, step: int | None = None) -> CheckpointReader:
 def empty_model(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model of the configuration `fields` with unset parameters, for the CPU or the meta device.
 
-    Raises ValueError for a model type that transformers does not know, or whose parameters do not have these `shapes`.
+    Raises ValueError for a model type that transformers does not know, a configuration that it refuses, or one whose
+    parameters do not have these `shapes`.
     """
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"The model type {model_type!r} of the checkpoint is unknown to this version of transformers.")
-    config = CONFIG_MAPPING[model_type].from_dict(fields)
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # transformers raises its own validation errors of many types
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"transformers refuses the checkpoint's configuration of a {model_type} model: {reason}"
+        ) from error
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -182,6 +182,19 @@ def test_only_a_model_that_saw_chats_keeps_the_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process_gate")
+def test_an_empty_folder_may_be_a_link_or_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "run", make_model())
+    (tmp_path / "behind").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("behind")
+    export_run(tmp_path / "run", tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "here")
+    export_run(tmp_path / "run", Path("."))
+    assert report_of(tmp_path / "behind")["passed"] and report_of(tmp_path / "here")["passed"]
+    assert (tmp_path / "link").is_symlink() and leftovers(tmp_path) == []
+
+
+@pytest.mark.usefixtures("in_process_gate")
 def test_newest_or_given_step(tmp_path: Path) -> None:
     for step, seed in ((5, 1), (10, 2)):
         write_checkpoint(tmp_path / "run", make_model(seed=seed), step=step)
@@ -280,6 +293,9 @@ def test_tampered_weights_fail_the_gate(tmp_path: Path, good_export: tuple[Path,
         tensors = {key: value for key, value in (good | change).items() if value is not None}
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
         assert failed_checks(target, expected) >= least, name
+    nothing = expected["probe"] | {"targets": [-1] * len(expected["probe"]["targets"])}  # counts in this row
+    for loss, failed in ((0.0, set()), (5.0, {"loss"})):
+        assert failed_checks(folder, expected | {"probe": nothing | {"loss": loss}}) == failed
 
 
 def test_tampered_texts_fail_the_gate(tmp_path: Path, good_export: tuple[Path, dict[str, Any]]) -> None:
@@ -374,6 +390,10 @@ def test_refusals_before_anything_is_written(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(ValueError, match="full is not empty"):
         export_run(run, tmp_path / "full")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+        with pytest.raises(ValueError, match=r"disk is a mount point, .*; give a folder in it"):
+            export_run(run, tmp_path / "disk")
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
@@ -432,6 +452,9 @@ def test_damaged_or_wrong_checkpoints_are_refused_and_leave_nothing(tmp_path: Pa
     change_manifest(directory, norms=norms)
     refused(r"model\.norm\.weight in .* has the L2 norm 5\.65685425, but the live engine recorded 5\.662")
 
+    write_checkpoint(run, make_model(), data_kind="chat")
+    (run / "tokenizer" / "chat_template.jinja").write_text("{{ raise_exception('Never') }}")
+    refused("chat template of .*tokenizer refuses a question with its answer: Never")
     write_checkpoint(run, make_model(vocab_size=258))
     refused("has 260 tokens, but the model only 258")
 
@@ -446,6 +469,8 @@ def test_damaged_or_wrong_checkpoints_are_refused_and_leave_nothing(tmp_path: Pa
     config = read_manifest(directory).model_config_dict
     change_manifest(directory, model_config=config | {"model_type": "perceptron"})
     refused("model type 'perceptron' of the checkpoint is unknown")
+    change_manifest(write_checkpoint(run, make_model()), model_config=config | {"hidden_size": "large"})
+    refused(r"configuration of a llama model: .* expected int, got str")
 
 
 def test_buffers_are_exported_in_their_own_dtype(tmp_path: Path) -> None:

@@ -129,6 +129,12 @@ def test_other_answers_are_never_mixed_or_overwritten(folder: Path, tmp_path: Pa
     write(prompts, [{"prompt": "b"}])
     with pytest.raises(ValueError, match="with other prompts and settings"):
         generate_file(folder, prompts, out, Sampling(5))
+    partial = tmp_path / "out.jsonl.partial"
+    for content in ("mine\n", "[1]\n", "3\n"):
+        partial.write_text(content)
+        with pytest.raises(ValueError, match=r"out.jsonl.partial holds no answers that a call had begun; move it away"):
+            generate_file(folder, prompts, out, Sampling(5))
+        assert partial.read_text() == content
     out.write_text("mine")
     with pytest.raises(ValueError, match=r"out.jsonl exists; give another file, or remove this one"):
         generate_file(folder, prompts, out, Sampling(4))

@@ -18,8 +18,8 @@ NOT_MET = {"event": "failed", "time": 1.0, "failure": "not met", "reason": "the 
 CRASHED = {"event": "failed", "time": 1.0, "failure": "exception", "reason": "rank 0 failed: ZeroDivisionError"}
 KILLED = {"event": "failed", "time": 2.0, "failure": "killed", "reason": "rank 1 was killed by SIGKILL"}
 FAILED_AT_12 = {"decision": "failed", "began": 0, "checkpoint": 10, "step": 12}
-STOPPED_AT_10 = {"decision": "go on", "began": 0, "checkpoint": 10, "step": 10}
-STOPPED_IDLE = {"decision": "go on", "began": 10, "checkpoint": 10, "step": 10}
+STOPPED_AT_10 = {"decision": "go on", "asked": True, "began": 0, "checkpoint": 10, "step": 10}
+STOPPED_IDLE = {"decision": "go on", "asked": True, "began": 10, "checkpoint": 10, "step": 10}
 PREEMPTED = {"JobState": "RUNNING", "PreemptTime": "2026-01-01T00:00:00"}
 
 
@@ -58,12 +58,19 @@ def start(code: int, *outcomes: dict[str, Any], asked: bool = False, **changes: 
         (start(85, step=10), [STOPPED_AT_10], "go on"),
         (start(85, step=10), [STOPPED_IDLE], "no progress"),
         (start(85, step=10, fields=PREEMPTED), [STOPPED_IDLE], "go on"),
+        (start(85, step=10), [STOPPED_IDLE | {"asked": False}], "go on"),
     ],
 )
 def test_what_comes_after_a_start(ended: Start, before: list[dict[str, Any]], name: str) -> None:
     decision = decide(ended, before)
     assert decision.name == name
     assert decision.goes_on == (name in ("go on", "failed"))
+
+
+def test_a_preemption_or_a_lost_node_is_no_request_to_stop() -> None:
+    assert decide(start(85, asked=True), []).asked and decide(start(85), []).asked
+    assert not decide(start(85, asked=True, fields=PREEMPTED), []).asked
+    assert not decide(start(137, KILLED, requeued=True), []).asked
 
 
 def test_the_reason_is_that_of_the_first_to_fail_and_of_every_refusal_once() -> None:

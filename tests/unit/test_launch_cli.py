@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from launch import cli, console
 
-COMMANDS = ("prepare", "verify", "train", "submit", "evaluate", "export", "generate", "chat")
+COMMANDS = ("prepare", "verify", "train", "submit", "evaluate", "export", "generate", "chat", "serve")
 
 
 def trainyard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -105,6 +105,21 @@ def test_a_host_that_falls_silent_is_named_and_one_that_leaves_is_not(monkeypatc
     del store
 
 
+def test_it_waits_quietly_for_host_0(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hosts, "SIGN_SECONDS", 0.5)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first, second = (HostSigns(Route("127.0.0.1", port, "127.0.0.1", "lo"), node, 2, f"host{node}") for node in (0, 1))
+    with second.exchanged():
+        time.sleep(0.7)
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        with first.exchanged():
+            wait_for(lambda: 0 in second._heard)
+    del store
+    assert capfd.readouterr().err == ""
+
+
 # A host that is cut off from its file system, too
 
 

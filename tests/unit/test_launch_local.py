@@ -424,6 +424,9 @@ def test_a_build_lock_of_a_killed_run_is_removed_and_the_users_settings_are_show
     assert f"removed the build lock {lock}" in err
     assert out.startswith("environment: your own settings stay: OMP_NUM_THREADS=77 (Trainyard's: ")
     assert not lock.exists()
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert local.run_workers(recipe, processes=1) == 0
+    assert "own settings" not in capfd.readouterr().out, "the first node of the job has said it"
 
 
 LAUNCHER = """

@@ -241,6 +241,14 @@ def test_what_a_task_and_a_model_do_not_share_is_refused(folder: Path, tmp_path:
     with pytest.raises(ValueError, match="the sequence length is 129, but the model has 128 positions: give fewer"):
         evaluate_path(folder, tmp_path / "text.txt", sequence_length=129)
     assert evaluate_path(folder, tmp_path / "text.txt", sequence_length=128)["sequence_length"] == 128
+    report = folder / "export_report.json"
+    for content in ("{", "[]"):
+        report.write_text(content)
+        with pytest.raises(
+            ValueError, match=r"export_report\.json is damaged: export the run again, or remove the file"
+        ):
+            evaluate_path(folder, tmp_path / "text.txt")
+    report.unlink()
     long = [ROWS[0], ROWS[0] | {"q": "x" * 120, "answer": "blue"}]
     with pytest.raises(ValueError, match=r"task.jsonl:2: prompt and option have .* but the model has 128 positions"):
         evaluate_task(folder, write_task(tmp_path, CHOICE | {"as_chat": False}, long))

@@ -145,6 +145,8 @@ def test_a_prompt_beyond_the_positions_is_refused_and_answers_end_there(client: 
 def test_a_request_that_cannot_be_rendered_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="KeyError: 'role'"):
         client.chat.completions.create(model="tiny", messages=[{"content": "Who?"}])
+    with pytest.raises(openai.BadRequestError, match="The request cannot be answered: TypeError"):
+        client.chat.completions.create(model="tiny", messages="Who?")
 
 
 def test_a_folder_without_a_template_continues_texts_only(tmp_path: Path) -> None:

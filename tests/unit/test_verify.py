@@ -123,6 +123,12 @@ def test_exports(tmp_path: Path) -> None:
     (tmp_path / "checksums.json").write_text(json.dumps({"files": {"x": {}}}))
     with pytest.raises(ValueError, match=r"checksums\.json is damaged"):
         verify(tmp_path)
+    (tmp_path / "checksums.json").write_text(json.dumps({"files": {}}))
+    with pytest.raises(ValueError, match=r"checksums\.json has no checksum of model\.safetensors"):
+        verify(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"checksums\.json has no checksum of any file"):
+        verify(tmp_path)
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import yaml
 from gpt.metrics import MetricsWriter
 from gpt.recipe import Faults, Recipe
 from gpt.recipe_file import parse_recipe
-from gpt.run_directory import RunDirectory
+from gpt.run_directory import NotMetError, RunDirectory
 from launch import local, status, why
 from launch.cli import app
 from launch.log_folder import refusals_recorded
@@ -214,6 +214,20 @@ def test_a_start_whose_place_a_later_one_took(recipe: Recipe, ranks: Any) -> Non
     assert explained(recipe)[0] == "dead", "how the loser ended says nothing of the run"
 
 
+@pytest.mark.parametrize(("without_word", "cause"), [((0, 1), "hosts did not meet"), ((0,), "stopped itself")])
+def test_ranks_that_waited_in_vain(recipe: Recipe, ranks: Any, without_word: tuple[int, ...], cause: str) -> None:
+    """It is no refusal, after which a Slurm job would not go on, unless a rank has refused."""
+    ranks(f"""
+        if rank in {without_word}:
+            (errors / f"rank_{{rank}}.not_met").touch()
+        (errors / f"rank_{{rank}}.txt").write_text("nothing was heard of the facts of number 2 in 600 s")
+        wait_for(f"rank_{{1 - rank}}.txt")
+        end(1)
+    """)
+    assert local.run_workers(recipe, processes=2) == 1
+    assert explained(recipe)[:2] == ("failed", cause)
+
+
 def asked_to_stop(process: int, run: Path, *waits: float) -> threading.Thread:
     """SIGTERM to the process when both ranks are ready, once after each wait."""
 
@@ -357,7 +371,7 @@ def test_a_start_that_is_refused_before_any_rank_is_there(recipe: Recipe) -> Non
     state, cause, headline, _ = explained(recipe)
     assert (state, cause) == ("failed", "refused") and "data/train is not there: prepare it" in headline
     with pytest.raises(ConnectionError), refusals_recorded(run):
-        raise ConnectionError("the 2 hosts of the run did not meet at host0:29500")
+        raise NotMetError("the 2 hosts of the run did not meet at host0:29500")
     state, cause, headline, _ = explained(recipe)
     assert (state, cause) == ("failed", "hosts did not meet") and "did not meet at host0:29500" in headline
 
