@@ -134,9 +134,7 @@ def build_model(model: Model, config: PreTrainedConfig, precision: str, seed: in
     transformers.set_seed(seed)
     dtype = DTYPES[precision]
     if model.pretrained is not None and not is_run_directory(model.pretrained):
-        result = AutoModelForCausalLM.from_pretrained(
-            model.pretrained, config=config, dtype=dtype, trust_remote_code=False
-        )
+        result = _load_weights(model.pretrained, config, dtype)
     elif zero_config.is_zero3():
         result = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
@@ -150,6 +148,22 @@ def build_model(model: Model, config: PreTrainedConfig, precision: str, seed: in
         # below frozen embeddings a layer's input needs no gradient, and DeepSpeed frees its weights before its backward
         result.enable_input_require_grads()
     result.config.use_cache = False
+    return result
+
+
+def _load_weights(pretrained: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a Hugging Face folder or hub id.
+
+    Raises:
+        ValueError: it lacks tensors; transformers would go on with random numbers in their place.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        pretrained, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(loaded[1]["missing_keys"]):
+        shown = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
+        raise ValueError(f"model.pretrained {pretrained} lacks {len(missing)} of the model's tensors ({shown})")
+    result: PreTrainedModel = loaded[0]
     return result
 
 

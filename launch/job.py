@@ -86,7 +86,8 @@ class Job:
         """Keep Slurm's own record of the job in `logs/` ("start" or "end"); its fields."""
         text = ""
         try:
-            text = _scontrol("show", "job", self.id)
+            # at the end much depends on it: a job that was cancelled must not go back into the queue
+            text = _scontrol("show", "job", self.id, tries=1 if when == "start" else TRIES)
             (self.run / "logs").mkdir(parents=True, exist_ok=True)
             (self.run / "logs" / f"job_{self.id}_{self.restart}_{when}.txt").write_text(text, encoding="utf-8")
         except (ValueError, OSError) as error:  # its absence changes no decision for the worse

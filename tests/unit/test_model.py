@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from recipe_samples import CONTENT, PreparedData
+from safetensors.torch import load_file, save_file
 from small_checkpoint import make_model, make_tokenizer, write_checkpoint
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from gpt.model import (
     CompiledLayers,
     build_config,
+    build_model,
     check_frozen,
     checkpoint_gradients,
     count_parameters,
@@ -184,6 +187,20 @@ def test_a_run_without_checkpoints_is_refused(tokenizer: PreTrainedTokenizerBase
     (tmp_path / "recipe.yaml").write_text("name: run\n", encoding="utf-8")
     with pytest.raises(ValueError, match="is a run without any checkpoint: train it first"):
         build_config(Model(pretrained=str(tmp_path)), tokenizer, 32)
+
+
+def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    not_partitioned = SimpleNamespace(is_zero3=lambda: False)
+    weights = Model(pretrained=str(tmp_path))
+    loaded = build_model(weights, model.config, "fp32", 0, not_partitioned)
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        build_model(weights, model.config, "fp32", 0, not_partitioned)
 
 
 # Frozen parameters
