@@ -19,6 +19,7 @@ SHORT = ("--time", "4", "--extra-line", "#SBATCH --time=2")  # submit itself ref
 OFTEN = {"checkpoint": {"every_steps": 5}}
 
 
+@pytest.mark.full
 def test_a_run_on_two_nodes_ends_and_is_not_requeued(reference: SlurmRuns) -> None:
     assert reference.decisions("reference") == ["finished"]
     assert max(reference.metrics("reference")) == 20
