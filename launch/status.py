@@ -81,7 +81,9 @@ def _judge_living(facts: RunFacts, alive: list[Beat]) -> State:
     phase = max(alive, key=lambda beat: beat.progress_time).phase
     if still > facts.hang_seconds:
         return State("hung", f"no rank has gone on for {duration(still)} (phase: {phase})")
-    if not any(beat.step for beat in alive):
+    # heartbeats are some seconds apart, a step is written when it is done
+    written = facts.records[-1].get("time", 0.0) if facts.records else 0.0
+    if not any(beat.step for beat in alive) and written < facts.claim["time"]:
         return State("starting", f"phase: {phase}")
     request = facts.last("stop requested", "start", "continue")
     stopping = request is not None and request["event"] == "stop requested"
