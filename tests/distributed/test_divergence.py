@@ -63,7 +63,10 @@ def of_kind(runs: Runs, name: str, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "cases",
-    [["3-bf16-output", "2-bf16-gradient", "1-fp32-output", "3-fp32-none"], pytest.param(ALL, marks=pytest.mark.full)],
+    [
+        pytest.param(["3-bf16-output", "2-bf16-gradient", "1-fp32-output", "3-fp32-none"], marks=pytest.mark.few),
+        pytest.param(ALL, marks=pytest.mark.full),
+    ],
 )
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, cases: list[str]) -> None:
     """At every stage and precision, with DeepSpeed's own check off where it can be: all ranks skip the second step."""

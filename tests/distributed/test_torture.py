@@ -101,7 +101,7 @@ class Torturer:
         return sum(event["event"] == kind for event in self.runs.events("tortured"))
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.few), pytest.param(50, marks=pytest.mark.full)])
 def test_tortured_run_equals_the_one_left_alone(runs: Runs, small_disk: Path, kills: int) -> None:
     settings: dict[str, Any] = {
         "train": {

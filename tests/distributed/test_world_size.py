@@ -14,7 +14,7 @@ losses were 0.05 apart after 42 steps. With bf16 gradients on the wire, DeepSpee
 CALM = {"learning_rate": 1e-3, "warmup_steps": 4}
 
 
-@pytest.mark.parametrize("steps", [12, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.parametrize("steps", [pytest.param(12, marks=pytest.mark.few), pytest.param(50, marks=pytest.mark.full)])
 def test_ranks_give_equal_losses(runs: Runs, steps: int) -> None:
     """8 sequences a batch in forwards of 2: 3 ranks get 3, 3 and 2, and a third of their rows is padding."""
     train = {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": steps, "seed": 3}

@@ -62,7 +62,9 @@ def prepared_tokens(report: dict[str, Any]) -> int:
     return sum(split["tokens"] for split in report["splits"].values())
 
 
-@pytest.mark.parametrize("count", [2_000, pytest.param(100_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(2_000, marks=pytest.mark.few), pytest.param(100_000, marks=pytest.mark.full)]
+)
 def test_csv_jsonl_and_parquet_are_the_same(shop: Shop, count: int) -> None:
     rows = english_rows(count)
     with (shop.folder / f"rows{count}.csv").open("w", encoding="utf-8-sig", newline="") as file:
@@ -90,7 +92,9 @@ def test_csv_jsonl_and_parquet_are_the_same(shop: Shop, count: int) -> None:
     assert all(loss == losses["csv"] for loss in losses.values())
 
 
-@pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(1_000, marks=pytest.mark.few), pytest.param(100_000, marks=pytest.mark.full)]
+)
 def test_chinese_csv_in_gb18030(shop: Shop, count: int) -> None:
     generator = random.Random(1)
     rows = ["".join(generator.choices(CHINESE, k=3)) + str(index) for index in range(count)]

@@ -73,7 +73,9 @@ def test_a_rank_reads_its_share_and_no_block_twice(
                 assert opened == 1 and reader.bytes_read <= 12 * elements + 2 * files.BLOCK_BYTES
 
 
-@pytest.mark.parametrize("positions", [40, pytest.param(400, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "positions", [pytest.param(40, marks=pytest.mark.few), pytest.param(400, marks=pytest.mark.full)]
+)
 def test_no_flipped_byte_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: list[Block], positions: int
 ) -> None:

@@ -51,7 +51,7 @@ def read_steps(data: Path, seed: int, sequences: int, shape: tuple[int, int], wo
     return batches
 
 
-@pytest.mark.parametrize("cases", [12, pytest.param(200, marks=pytest.mark.full)])
+@pytest.mark.parametrize("cases", [pytest.param(12, marks=pytest.mark.few), pytest.param(200, marks=pytest.mark.full)])
 def test_stopped_and_continued_at_any_shape_the_order_is_the_uninterrupted_one(tmp_path: Path, cases: int) -> None:
     dice = random.Random(cases)
     for case in range(cases):

@@ -177,7 +177,8 @@ class _Killer(threading.Thread):
 
 
 @pytest.mark.parametrize(
-    ("workers_count", "kills", "unit_bytes"), [(2, 2, UNIT_BYTES), pytest.param(8, 20, 250, marks=pytest.mark.full)]
+    ("workers_count", "kills", "unit_bytes"),
+    [pytest.param(2, 2, UNIT_BYTES, marks=pytest.mark.few), pytest.param(8, 20, 250, marks=pytest.mark.full)],
 )
 def test_killed_workers_are_replaced_and_nothing_changes(
     corpus: Path,
