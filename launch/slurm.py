@@ -34,6 +34,7 @@ MEMORY = re.compile(r"\d+[KMGTkmgt]?")
 BYTES_PER_SECOND = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?(?:/s)?", re.IGNORECASE)
 PLAIN = re.compile(r"[A-Za-z0-9_./,:=@%+-]+")
 COMMAND_TIMEOUT_SECONDS = 120
+_TEMPLATES = PROJECT_ROOT / "slurm"
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def render(
         output: where Slurm writes what the job prints, with its `%` symbols; see `literal`.
     """
     environment = Environment(
-        loader=FileSystemLoader(PROJECT_ROOT / "slurm"),
+        loader=FileSystemLoader(_TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

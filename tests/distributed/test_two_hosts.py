@@ -73,7 +73,7 @@ def start(runs: Runs, hosts: Hosts, log: str) -> list[Live]:
     return [
         runs.start("cut", "--nodes", "2", "--node-rank", str(node), "--rendezvous", f"{ADDRESSES[0]}:29511",
                    processes=1, log=f"-{log}-{node}", prefix=("ip", "netns", "exec", name),
-                   faults={"hang_seconds": HANG_SECONDS})
+                   faults={"hang_seconds": HANG_SECONDS}, checkpoint={"every_steps": 2})
         for node, name in enumerate(hosts.names)
     ]  # fmt: skip
 
@@ -81,13 +81,14 @@ def start(runs: Runs, hosts: Hosts, log: str) -> list[Live]:
 @pytest.mark.full
 def test_a_host_that_is_cut_off_is_named_and_the_run_goes_on_when_it_is_back(reference: Runs, hosts: Hosts) -> None:
     cut = start(reference, hosts, "cut")
-    cut[0].wait_until(lambda: cut[0].has_checkpoint(10))
+    cut[0].wait_until(lambda: cut[0].has_checkpoint(2))
     hosts.link("down")
     cut_at = time.monotonic()
     for node, live in enumerate(cut):
         assert live.process.wait(timeout=60) == 86, live.log.read_text()
         last = live.log.read_text().strip().splitlines()[-1]
         print(f"host {node} ended {time.monotonic() - cut_at:.1f} s after it was cut off: {last}")
+    assert cut[0].last_step() < 20, "the run was at its end before the link was down"
     assert HANG_SECONDS < time.monotonic() - cut_at < HANG_SECONDS + 12
     first, second = (live.log.read_text() for live in cut)
     other, this = rf"node 1 \(\S+@{ADDRESSES[1]}\)", rf"node 0 \(\S+@{ADDRESSES[0]}\)"
@@ -102,7 +103,7 @@ def test_a_host_that_is_cut_off_is_named_and_the_run_goes_on_when_it_is_back(ref
     whole = start(reference, hosts, "whole")
     for live in whole:
         assert live.process.wait(timeout=120) == 0, live.log.read_text()
-    assert re.search(r"resumed at step 10, .*PASS", whole[0].log.read_text(), re.DOTALL)
+    assert re.search(r"resumed at step \d+, .*PASS", whole[0].log.read_text(), re.DOTALL)
     assert comparable(reference.metrics("cut")) == comparable(reference.metrics("reference"))
 
 

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from gpt.recipe_file import PROJECT_ROOT
 from launch import slurm
 from launch.slurm import Request, Task
 
@@ -30,7 +29,7 @@ EVERYTHING = Request(
 
 
 def scripts() -> dict[str, str]:
-    """Every script by its name, with this checkout and interpreter written as /checkout."""
+    """Every script by its name, of a checkout in /checkout: a real one's place would decide the order of mounts."""
     small, pyxis = Request(nodes=1, processes_per_node=2), "nvcr.io#nvidia/pytorch:25.06-py3"
     apptainer = {"nodes": 2, "processes_per_node": 4, "gpus_per_node": 4, "container": "/images/train yard.sif"}
 
@@ -46,8 +45,10 @@ def scripts() -> dict[str, str]:
             requeue=requeue,
         )
 
-    with mock.patch.object(sys, "executable", "/checkout/.venv/bin/python"):
-        rendered = {
+    checkout = Path("/checkout")
+    python = mock.patch.object(sys, "executable", str(checkout / ".venv/bin/python"))
+    with python, mock.patch.object(slurm, "PROJECT_ROOT", checkout):
+        return {
             "smallest": train(small),
             "everything": train(EVERYTHING),
             "apptainer": train(Request(**apptainer)),  # type: ignore[arg-type]
@@ -63,7 +64,6 @@ def scripts() -> dict[str, str]:
                 output="/runs/small/logs/slurm-export-%j.out",
             ),
         }
-    return {name: text.replace(str(PROJECT_ROOT), "/checkout") for name, text in rendered.items()}
 
 
 def head(script: str) -> str:
