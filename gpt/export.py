@@ -5,6 +5,7 @@ that transformers holds in another layout than the hub) or by a few MiB (all oth
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -157,14 +158,26 @@ def _checked_out(out: Path, source: ExportSource, ungated: bool) -> Path:
 
 @contextlib.contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside `out` under a temporary name; it is gone afterwards where it was not renamed."""
-    folder = out.parent / f".tmp-{out.name}"
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A folder beside `out` under a temporary name; it is gone afterwards where it was not renamed. A second export to
+    `out` is refused meanwhile."""
+    folder, lock = (out.parent / f".tmp-{out.name}{ending}" for ending in ("", ".lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another export to {out} is at work; wait for it or end it, or give another folder."
+            ) from None
+        except OSError:
+            pass  # no locks on this file system
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _precision(dtype: str | None, training: Precision) -> Precision:

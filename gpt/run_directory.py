@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import xxhash
 
 from gpt.recipe import Recipe
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe, read_mapping
@@ -276,6 +277,13 @@ def claimed_from(run: Path, launcher: int) -> RunDirectory | None:
     claim = json.loads(claim_file(run, generation).read_text(encoding="utf-8")) if generation else {}
     mine = (claim.get("process_space"), claim.get("launcher")) == (process_space(), launcher)
     return RunDirectory(run, generation) if mine else None
+
+
+def tokenizer_checksums(folder: Path) -> dict[str, str]:
+    """xxh3 of each file of a run's own tokenizer (the folder may be a whole model's): its event `tokenizer kept` has
+    them, and export compares them."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".jinja", ".txt", ".model")]
+    return {file.name: xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in files}
 
 
 def host_label() -> str:

@@ -5,8 +5,8 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +26,14 @@ from gpt.model import build_config, check_frozen
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
-from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_recipes, stored_recipe
+from gpt.run_directory import (
+    InUseError,
+    NotMetError,
+    SupersededError,
+    compare_recipes,
+    stored_recipe,
+    tokenizer_checksums,
+)
 from gpt.stop_requests import StopRequests
 
 MEETING_SECONDS = 600.0
@@ -208,14 +215,26 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
     if refusal is not None:
         raise InUseError(refusal)
     interval = heartbeat_interval(faults.hang_seconds, faults.stale_seconds)
-    heartbeat = Heartbeat(recipe.run_directory(), generation, ranks.rank, interval)
-    try:
-        plan = replace(plan, changes=changes_since(recipe))  # another start may have come and gone before the claim
-        stopped_at = _run_claimed(plan, ranks, owner, heartbeat, stop_requested)
-    finally:
-        heartbeat.end()
+    with _failures_of_the_system():
+        heartbeat = Heartbeat(recipe.run_directory(), generation, ranks.rank, interval)
+        try:
+            plan = replace(plan, changes=changes_since(recipe))  # another start may have come and gone before the claim
+            stopped_at = _run_claimed(plan, ranks, owner, heartbeat, stop_requested)
+        finally:
+            heartbeat.end()
     distributed.stop()
     return stopped_at
+
+
+@contextmanager
+def _failures_of_the_system() -> Iterator[None]:
+    """What the file system or the network does to a run that has begun is no refusal: another start may go better."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and not isinstance(error, ConnectionError | TimeoutError):
+            raise  # a sentence, of our own or transformers': data or weights that are not there
+        raise RuntimeError(f"the system failed the run: {error}") from error
 
 
 def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, list[Any]]:
@@ -429,6 +448,7 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
         partial = owner.path / ".tokenizer.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(recipe.tokenizer, partial)
+        owner.write_event("tokenizer kept", xxh3=tokenizer_checksums(partial))
         partial.rename(owner.path / "tokenizer")
     what = {"host": environment["host"], "world_size": world_size, "pid": os.getpid()}
     what |= {"total_steps": plan.schedule.total_steps}
