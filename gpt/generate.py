@@ -194,6 +194,8 @@ def load_model(folder: Path, loading: Loading | None = None) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         hint = "; it is a run directory, which `trainyard export` makes a model of" * (folder / "checkpoints").is_dir()
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json{hint}.")
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has no weights as safetensors; pickles (*.bin) can run code and are not read.")
     transformers.utils.logging.disable_progress_bar()  # standard error is for sentences
     placement = loading.placement()
     scratch = None if loading.offload_folder else tempfile.TemporaryDirectory(prefix="trainyard-offload-")
@@ -204,6 +206,7 @@ def load_model(folder: Path, loading: Loading | None = None) -> PreTrainedModel:
             offload_folder=loading.offload_folder or (scratch and scratch.name),
             output_loading_info=True,
             trust_remote_code=False,
+            use_safetensors=True,
             **placement,
         )
     except Exception as error:  # as above; of a damaged file it is safetensors' own

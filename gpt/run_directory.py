@@ -312,8 +312,8 @@ def _is_running(pid: int, started: float) -> bool:
         return False
 
 
-def package_versions() -> dict[str, str | None]:
-    """Versions of what decides a run's numbers."""
+def package_versions(*, commit: bool = True) -> dict[str, str | None]:
+    """Versions of what decides a run's numbers; without `commit` git is not asked, which takes its time."""
     names = ("trainyard", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in names:
@@ -321,7 +321,7 @@ def package_versions() -> dict[str, str | None]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return versions | {"git_commit": _git_commit()}
+    return versions | {"git_commit": _git_commit() if commit else None}
 
 
 @functools.cache

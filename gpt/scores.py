@@ -49,7 +49,8 @@ def score_multiple_choice(
     """Compare the options' log-likelihoods, as they are (accuracy) and divided by the option's UTF-8 bytes
     (length_normalized_accuracy). Where several options share the first place, a right one among them earns its part.
 
-    Raises ValueError for a question that the model has no positions for, or that its template refuses.
+    Raises ValueError for a question that the model has no positions for, that its template refuses, or to which it has
+    no finite answer.
     """
     encoder = _encoder(model, tokenizer, task)
     encoded = [_encode_options(encoder, tokenizer, task, question) for question in questions]
@@ -58,6 +59,11 @@ def score_multiple_choice(
     plain, per_byte, predictions, ties = [], [], [], 0
     for question in questions:
         sums = np.array([next(likelihoods) for _ in question.options])
+        if np.isnan(sums).any():
+            raise ValueError(
+                f"{question.place}: the model's logits are not numbers (NaN): its weights are damaged or too large for "
+                "its dtype; try --dtype fp32"
+            )
         right = question.options.index(question.answers[0])
         sizes = np.array([len(option.encode()) for option in question.options])
         plain.append(_credit(sums, right))

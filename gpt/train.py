@@ -22,7 +22,7 @@ from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenize
 from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
-from gpt.model import build_config, check_frozen
+from gpt.model import build_config, check_weights
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
@@ -91,8 +91,7 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
                 f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the one it was prepared with"
             )
     config = build_config(recipe.model, tokenizer, length)
-    if recipe.model.frozen:
-        check_frozen(recipe.model, config)
+    check_weights(recipe.model, config, recipe.precision)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
     deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)
@@ -252,6 +251,9 @@ def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, li
             needs = _needs(plan, meeting.world_size)
     except (ValueError, OSError) as error:
         problem = str(error)
+    except Exception as error:  # the other ranks would wait for this one
+        traceback.print_exc()
+        problem = f"{type(error).__name__}: {error}"
     return plan, preflight.check_before(meeting, recipe, problem, data, needs)
 
 

@@ -198,6 +198,10 @@ def train(
     if fork is not None:
         resolved = fork_recipe(resolved, fork)
     # after the recipe is known to be good: these take seconds
+    from launch.environment import import_torch_quietly
+
+    if nodes > 1:
+        import_torch_quietly()
     from gpt.train import check
     from launch.hub import fetch
     from launch.local import default_processes, run_workers
@@ -248,8 +252,8 @@ def preflight(
 
 
 def _stop_before_start(number: int, frame: Any) -> None:
-    print(f"trainyard: {signal.Signals(number).name}: stopped before the workers were started", file=sys.stderr)
-    sys.stderr.flush()
+    # not print, which refuses to run inside another print
+    os.write(2, f"trainyard: {signal.Signals(number).name}: stopped before the workers were started\n".encode())
     os._exit(85)
 
 

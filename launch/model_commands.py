@@ -142,7 +142,9 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="With --prompts: gets each line with its answer.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: lines answered at once.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --prompts: lines answered at once; default: 8.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
@@ -161,6 +163,8 @@ def generate(
     """
     if (prompt is None) == (prompts is None) or (prompts is None) != (out is None):
         raise typer.BadParameter("give either --prompt, or --prompts with --out")
+    if prompt is not None and batch_size is not None:
+        raise typer.BadParameter("--batch-size is for --prompts; each --prompt is answered by itself")
     from gpt.generate import Loading, Sampling
     from gpt.generate import generate as run_generate
     from gpt.generate_file import generate_file
@@ -171,7 +175,7 @@ def generate(
         if prompts is not None and out is not None:
             with progress_bar("generate", in_bytes=False) as progress:
                 done = generate_file(
-                    model, prompts, out, sampling, system=system, batch_size=batch_size, progress=progress, **how
+                    model, prompts, out, sampling, system=system, batch_size=batch_size or 8, progress=progress, **how
                 )
             answer(done)
             if not as_json:

@@ -30,6 +30,7 @@ def trainyard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
         ("generate", "m"),
         ("generate", "m", "--prompt", "x", "--prompts", "f", "--out", "o"),
         ("generate", "m", "--prompts", "f"),
+        ("generate", "m", "--prompt", "x", "--batch-size", "2"),
         ("evaluate", "m"),
         ("evaluate", "m", "--data", "d", "--task", "t"),
         ("evaluate", "m", "--data", "d", "--predictions", "p"),

@@ -133,6 +133,15 @@ def test_options_that_share_the_first_place_share_the_credit(tmp_path: Path) -> 
     assert result["ties"] == 4
 
 
+def test_a_model_without_numbers_has_no_score(tmp_path: Path) -> None:
+    model = make_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path, chat=False)
+    with pytest.raises(ValueError, match=r"task.jsonl:1: the model's logits are not numbers \(NaN\)"):
+        evaluate_task(tmp_path, write_task(tmp_path, CHOICE, [{"q": "x", "options": ["a", "b"], "answer": 0}]))
+
+
 def test_options_as_templates(folder: Path, tmp_path: Path) -> None:
     task = CHOICE | {"options": ["no", "yes, {reason}"], "prompt": "{q}? {{}}"}
     _, [question] = load_task(write_task(tmp_path, task, [{"q": "So", "reason": 4, "answer": "yes, 4"}]))
