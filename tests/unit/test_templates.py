@@ -99,7 +99,7 @@ def test_another_template_is_other_data_and_a_moved_one_is_not(
     source = table(tmp_path, "jsonl", ROWS)
     made = options(tmp_path, tokenizer, source, TRANSLATION, validation_fraction=0.0)
     assert not prepare(made)["reused"]
-    app(shlex.split(made.command())[1:] + ["--json"], standalone_mode=False)  # what the report says makes the same
+    app([*shlex.split(made.command())[1:], "--json"], standalone_mode=False)  # what the report says makes the same
     assert json.loads(capsys.readouterr().out)["reused"]
     moved = tmp_path / "moved.yaml"
     (tmp_path / "template.yaml").rename(moved)
