@@ -231,6 +231,7 @@ class PromptEncoder:
         as_chat: whether a prompt is a user's message; otherwise it is the beginning of a text.
         end_tokens: what ends an answer: the model's end tokens and, in a chat, the token with which the template closes
             an answer.
+        closing: that token alone, where there is one.
     """
 
     def __init__(
@@ -250,9 +251,11 @@ class PromptEncoder:
         self._beginning: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.end_tokens = [ends] if isinstance(ends, int) else list(ends or [])
+        self.closing: list[int] = []
         if self.as_chat:
             self._require_template()
-            self.end_tokens += [end for end in self._template_ends() if end not in self.end_tokens]
+            self.closing = self._template_ends()
+            self.end_tokens += [end for end in self.closing if end not in self.end_tokens]
 
     def encode(self, prompt: str | list[Message]) -> list[int]:
         """The token ids of a prompt, or of a conversation that waits for an answer.

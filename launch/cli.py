@@ -57,6 +57,9 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="Column or field that holds the text.")] = "text",
     prompt_field: Annotated[str, typer.Option(help="Column of the user's message (chat).")] = "prompt",
     response_field: Annotated[str, typer.Option(help="Column of the assistant's message (chat).")] = "response",
+    template: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="How a row of a table becomes a prompt and its response.")
+    ] = None,
     delimiter: Annotated[str | None, typer.Option(help="CSV delimiter; found from the header if not given.")] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
     skip_bad_rows: Annotated[bool, typer.Option(help="Count bad rows in the report instead of stopping.")] = False,
@@ -83,6 +86,7 @@ def prepare(
     from data_pipeline.prepare import PrepareOptions, parse_task
     from data_pipeline.prepare import prepare as run_prepare
     from data_pipeline.sources import ReadOptions
+    from data_pipeline.templates import load_template
     from launch.environment import usable_cores
 
     delimiter = "\t" if delimiter == "\\t" else delimiter  # a shell passes the two characters
@@ -92,7 +96,16 @@ def prepare(
         tokenizer=tokenizer,
         train_vocabulary=train_tokenizer,
         tokenizer_sample_bytes=tokenizer_sample_bytes,
-        read=ReadOptions(format, text_field, prompt_field, response_field, delimiter, encoding, skip_bad_rows),
+        read=ReadOptions(
+            format=format,
+            text_field=text_field,
+            prompt_field=prompt_field,
+            response_field=response_field,
+            delimiter=delimiter,
+            encoding=encoding,
+            skip_bad_rows=skip_bad_rows,
+            template=None if template is None else load_template(template),
+        ),
         validation_fraction=validation_fraction,
         validation_inputs=validation_input or [],
         seed=seed,
@@ -200,8 +213,7 @@ def train(
     # after the recipe is known to be good: these take seconds
     from launch.environment import import_torch_quietly
 
-    if nodes > 1:
-        import_torch_quietly()
+    import_torch_quietly()
     from gpt.train import check
     from launch.hub import fetch
     from launch.local import default_processes, run_workers
@@ -241,6 +253,9 @@ def preflight(
 
     with answering(as_json) as answer:
         resolved = load_recipe(recipe, overrides or [])
+        from launch.environment import import_torch_quietly
+
+        import_torch_quietly()
         from launch.preflight import print_report, run_preflight
 
         report = run_preflight(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)

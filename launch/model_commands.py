@@ -35,6 +35,9 @@ def evaluate(
     lm_eval: Annotated[
         Path | None, typer.Option(help="Task file of lm-evaluation-harness, or a folder of them (extra eval).")
     ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="With --task: the model whose scores are given beside.")
+    ] = None,
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="With --task: gets a line for each question.")
     ] = None,
@@ -55,8 +58,8 @@ def evaluate(
 
     Example: `trainyard evaluate runs/quickstart-pretrain --data data/shakespeare/validation --json`
     """
-    if [data, task, lm_eval].count(None) != 2 or (predictions is not None and task is None):
-        raise typer.BadParameter("give one of --data, --task (which --predictions belongs to) and --lm-eval")
+    if [data, task, lm_eval].count(None) != 2 or (task is None and (predictions or baseline)):
+        raise typer.BadParameter("give one of --data, --task (which --predictions and --baseline belong to), --lm-eval")
     if data is None and (sequences is not None or sequence_length is not None or encoding != "utf-8"):
         raise typer.BadParameter("--sequences, --sequence-length and --encoding belong to --data")
     from gpt import evaluate as run
@@ -71,7 +74,9 @@ def evaluate(
                     source, data, text_encoding=encoding, loading=loading, progress=progress, **how
                 )
             elif task is not None:
-                result = run.evaluate_task(source, task, loading=loading, predictions=predictions, progress=progress)
+                result = run.evaluate_task(
+                    source, task, baseline=baseline, loading=loading, predictions=predictions, progress=progress
+                )
             elif lm_eval is not None:
                 result = run.evaluate_harness(source, lm_eval, loading=loading)
         answer(result)
