@@ -9,8 +9,9 @@ from data_pipeline.duplicates import count_duplicates
 from data_pipeline.plan import Plan, PrepareOptions
 from data_pipeline.shard_writer import write_manifest
 from data_pipeline.sources import Ledger
+from data_pipeline.templates import Tally, check_classes
 from data_pipeline.token_shards import TokenShards
-from data_pipeline.tokenizer import tokenizer_fingerprint
+from data_pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 from data_pipeline.unit_documents import judged_tally
 from data_pipeline.units import TOKENIZER, hashes_path, record_path
 
@@ -40,12 +41,17 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
     trained = options.train_vocabulary is not None
     vocabulary = header["vocabulary_size"]
     hashes = {name: [hashes_path(plan, unit.number, name) for unit in plan.units] for name in plan.splits}
+    seen = _task_rows(plan, records) if plan.read.template is not None else {"splits": {}}
     return {
         "kind": plan.kind,
         "options": _portable(options),
         "tokenizer": {"sha256": sha256, "vocabulary_size": vocabulary, "trained": trained, **sample},
         "units": len(plan.units),
-        "splits": {name: _write_split(plan, name, records, files, header) for name in plan.splits},
+        "splits": {
+            name: _write_split(plan, name, records, files, header) | seen["splits"].get(name, {})
+            for name in plan.splits
+        },
+        **{key: value for key, value in seen.items() if key != "splits"},
         "empty_documents": sum(record["empty_documents"] for record in records),
         "skipped_rows": ledger.skipped,
         "cut_short": ledger.cut_short,
@@ -62,7 +68,7 @@ def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the rules changed and dropped, each with its first examples."""
     tally = judged_tally(plan)
     for record in records:
-        add_tally(tally, record["tally"])
+        add_tally(tally, record["repeated"])
     remarks = []
     if tally["documents_without_spaces"]:
         remarks.append(
@@ -77,9 +83,10 @@ def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
 def _portable(options: PrepareOptions) -> dict[str, Any]:
     """The options that the result depends on, in words of JSON."""
     chosen = asdict(options)
-    for name in ("workers", "task", "engine"):
+    for name in ("workers", "task", "engine", "rules", "rules_file"):
         del chosen[name]
-    chosen["rules"] = options.rules and options.rules.model_dump()
+    if options.rules is not None:
+        chosen["rules"] = options.rules.model_dump()
     chosen |= {"output": str(options.output), "tokenizer": options.tokenizer and str(options.tokenizer)}
     return {**chosen.pop("read"), **chosen}
 
@@ -124,3 +131,16 @@ def _write_split(
         "longest_document_tokens": max(split["longest_document_tokens"] for split in splits),
         "fingerprint": TokenShards(directory).fingerprint,
     }
+
+
+def _task_rows(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report says of a template's rows: lengths and classes. Raises ValueError for unusable classes."""
+    tallies = {name: Tally() for name in plan.splits}
+    for record in records:
+        for name, tally in tallies.items():
+            tally.merge(record["splits"][name]["tally"])
+    found: dict[str, Any] = {"splits": {name: tally.report() for name, tally in tallies.items()}}
+    if plan.read.template is not None and plan.read.template.label is not None:
+        shared = check_classes(tallies, load_tokenizer(plan.output / TOKENIZER))
+        found["labels_with_the_same_first_token"] = shared
+    return found

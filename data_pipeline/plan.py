@@ -5,7 +5,7 @@ import json
 import shlex
 import unicodedata
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def _identity(
     some is not taken for one that must not.
     """
     choices: dict[str, Any] = {
-        "read": {key: value for key, value in asdict(options.read).items() if key != "skip_bad_rows"},
+        "read": _read_choices(options.read),
         "train_vocabulary": options.train_vocabulary,
         "validation_fraction": None if options.validation_inputs else options.validation_fraction,
         "seed": options.seed,
@@ -193,6 +193,12 @@ def _identity(
         if progress is not None:
             progress(done, total)
     return hashlib.sha256(json.dumps(["prepare/2", choices, digests], sort_keys=True).encode()).hexdigest()
+
+
+def _read_choices(read: ReadOptions) -> dict[str, Any]:
+    """How files are read, a template by what it says and not by its place."""
+    choices = {key: value for key, value in asdict(read).items() if key not in ("skip_bad_rows", "template")}
+    return choices if read.template is None else choices | {"template": asdict(replace(read.template, file=""))}
 
 
 def file_digest(path: Path) -> str:

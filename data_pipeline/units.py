@@ -24,6 +24,7 @@ from data_pipeline.engines import open_engine
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import UnitWriter, write_file_atomically
 from data_pipeline.sources import Document, Ledger
+from data_pipeline.templates import Tally
 from data_pipeline.token_shards import sum_bytes
 from data_pipeline.tokenizer import (
     document_frame,
@@ -129,8 +130,8 @@ class UnitMaker:
         files = {part.file: [0, *[0] * len(splits)] for part in self._plan.units[number].parts}
         places = {name: place for place, name in enumerate(splits, start=1)}
         empty = 0
-        tally = None if self._plan.rules is None else no_tally(self._plan.rules)
-        for file, document, content in kept_documents(self._plan, number, ledger, report, tally):
+        repeated = None if self._plan.rules is None else no_tally(self._plan.rules)
+        for file, document, content in kept_documents(self._plan, number, ledger, report, repeated):
             counts = files[file]
             counts[0] += 1
             if content is None:
@@ -157,7 +158,7 @@ class UnitMaker:
             "files": [[file, *counts] for file, counts in files.items()],
             "empty_documents": empty,
             "ledger": asdict(ledger),
-        } | ({} if tally is None else {"tally": tally})
+        } | ({} if repeated is None else {"repeated": repeated})
 
 
 def sample_unit(plan: Plan, number: int, report: Report) -> None:
@@ -237,6 +238,8 @@ class _Split:
         self._batch: list[Document] = []
         self._characters = 0
         self._text_bytes: int | None = 0
+        self._template = plan.read.template
+        self._tally = Tally()
 
     def add(self, document: Document, content: bytes, content_hash: int) -> None:
         if self._batch and (self._batch[0].ids is None) != (document.ids is None):
@@ -261,6 +264,7 @@ class _Split:
             "tokens": self.writer.tokens,
             "text_bytes": self._text_bytes,
             "longest_document_tokens": self.writer.longest_document_tokens,
+            "tally": self._tally.as_json(),
         }
 
     def _flush(self) -> None:
@@ -269,6 +273,10 @@ class _Split:
             return
         encoded = self._encoder.encode(batch)
         self.writer.add_documents(encoded.tokens, encoded.lengths, encoded.mask)
+        if self._template is not None and encoded.mask is not None:
+            [document] = batch
+            response = (document.messages or [])[-1]["content"]
+            self._tally.add(self._template, response, len(encoded.mask), int(encoded.mask.sum()))
         if batch[0].ids is not None:
             self._count_text(encoded.text_bytes)
 

@@ -8,17 +8,20 @@ import difflib
 import fnmatch
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gpt.checkpoint.read import newest_manifest
 from gpt.recipe import Model
+
+if TYPE_CHECKING:  # takes two seconds, which a launcher that only checks a recipe need not wait
+    from transformers import PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARY_PADDING = 128
@@ -85,7 +88,9 @@ def _config_from_scratch(fields: dict[str, Any], tokenizer: PreTrainedTokenizerB
         config = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # transformers raises its own validation errors of many types
         raise ValueError(f"model.config is refused by transformers: {' '.join(str(error).split())}") from error
-    config.architectures = [_causal_class(config).__name__]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"transformers has no causal language model of type {model_type!r}")
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     limit, given = -(-size // VOCABULARY_PADDING) * VOCABULARY_PADDING, config.get_text_config().vocab_size
     if given > limit:
         raise ValueError(
@@ -93,14 +98,6 @@ def _config_from_scratch(fields: dict[str, Any], tokenizer: PreTrainedTokenizerB
             f"(the next multiple of {VOCABULARY_PADDING})"
         )
     return config
-
-
-def _causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    try:
-        found: Any = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        return found
-    except KeyError:
-        raise ValueError(f"transformers has no causal language model of type {config.model_type!r}") from None
 
 
 def _config_of_weights(pretrained: str) -> PreTrainedConfig:
@@ -122,7 +119,9 @@ def _config_of_weights(pretrained: str) -> PreTrainedConfig:
         ) from error
 
 
-def build_model(model: Model, config: PreTrainedConfig, precision: str, seed: int, zero_config: Any) -> PreTrainedModel:
+def build_model(
+    model: Model, config: PreTrainedConfig, precision: str, seed: int, zero_config: Any
+) -> "PreTrainedModel":
     """The model with its initial weights, in the training dtype; they depend on neither world size nor ZeRO stage.
 
     Must run while `zero_config` (transformers' HfDeepSpeedConfig) is alive: at stage 3 transformers then partitions
@@ -151,7 +150,7 @@ def build_model(model: Model, config: PreTrainedConfig, precision: str, seed: in
     return result
 
 
-def _load_weights(pretrained: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(pretrained: str, config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of a Hugging Face folder or hub id.
 
     Raises:
@@ -191,15 +190,17 @@ def check_frozen(model: Model, config: PreTrainedConfig) -> None:
         frozen_names(AutoModelForCausalLM.from_config(config), model.frozen)
 
 
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+def decoder_layers(model: "PreTrainedModel") -> list[torch.nn.Module]:
     """The model's decoder layers, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers: list[torch.nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layers that transformers can checkpoint")
     return layers
 
 
-def checkpoint_gradients(model: PreTrainedModel, every_layers: int) -> None:
+def checkpoint_gradients(model: "PreTrainedModel", every_layers: int) -> None:
     """Recompute every n-th decoder layer in the backward pass."""
     model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_layers)
 
@@ -211,7 +212,7 @@ class CompiledLayers:
     dynamo recompile for every module.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self._layers = decoder_layers(model)
         self._plain = [layer.forward for layer in self._layers]
         self._compiled = [torch.compile(layer.forward, dynamic=False) for layer in self._layers]
@@ -231,7 +232,7 @@ class CompiledLayers:
             self._set(self._compiled)
 
 
-def draws_random_numbers(model: PreTrainedModel) -> bool:
+def draws_random_numbers(model: "PreTrainedModel") -> bool:
     """Whether training may compute something else than evaluation: a dropout or a router's jitter that is not 0."""
     unused = ("summary_", "classifier_")  # of other heads than a language model's
     fields = {k: v for k, v in model.config.get_text_config().to_dict().items() if not k.startswith(unused)}
@@ -247,7 +248,7 @@ def elements_of(config: PreTrainedConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+def count_parameters(model: "PreTrainedModel") -> tuple[int, int]:
     """(all parameters, those of a token's matrix products: without the input embedding, the output layer counted).
 
     Under ZeRO-3 a parameter's size is in `ds_numel`; a tied embedding counts once in the first and as the output layer
@@ -260,7 +261,7 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     return total, total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel()))
 
 
-def describe_model(model: PreTrainedModel, precision: str) -> str:
+def describe_model(model: "PreTrainedModel", precision: str) -> str:
     """Size, class and precision, for the console."""
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
     of_them = f" ({frozen:,} of them frozen)" if frozen else ""

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 import yaml
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from data_pipeline.mixture import Stage
 from data_pipeline.stream import TrainingStream, ValidationStream
@@ -28,6 +28,9 @@ from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
 from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_recipes, stored_recipe
 from gpt.stop_requests import StopRequests
+
+if TYPE_CHECKING:  # takes two seconds, which a launcher that only checks a recipe need not wait
+    from transformers import PreTrainedModel
 
 MEETING_SECONDS = 600.0
 """How long a rank waits for the others at the start, see launch/watch.py."""
@@ -332,7 +335,7 @@ def _build_saver(
     ranks: Any,
     owner: Any,
     generation: int,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     metrics: Any,
     uncompiled: Any,
 ) -> Any:
@@ -355,7 +358,7 @@ def _fit(trainer: Any) -> None:
             trainer.owner.write_event("end", step=trainer.schedule.total_steps)
 
 
-def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple[PreTrainedModel, int, Callable[[], Any]]:
+def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrainedModel", int, Callable[[], Any]]:
     """The model as the recipe wants it, its number of decoder layers, and what switches compiled layers off."""
     from gpt import distributed
     from gpt.model import CompiledLayers, build_model, checkpoint_gradients, decoder_layers

@@ -57,6 +57,9 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="Column or field that holds the text.")] = "text",
     prompt_field: Annotated[str, typer.Option(help="Column of the user's message (chat).")] = "prompt",
     response_field: Annotated[str, typer.Option(help="Column of the assistant's message (chat).")] = "response",
+    template: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="How a row of a table becomes a prompt and its response.")
+    ] = None,
     delimiter: Annotated[str | None, typer.Option(help="CSV delimiter; found from the header if not given.")] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
     skip_bad_rows: Annotated[bool, typer.Option(help="Count bad rows in the report instead of stopping.")] = False,
@@ -88,6 +91,7 @@ def prepare(
     from data_pipeline.report import summarize
     from data_pipeline.rules import Rules
     from data_pipeline.sources import ReadOptions
+    from data_pipeline.templates import load_template
     from gpt.recipe_file import load_section
     from launch.environment import usable_cores
 
@@ -98,7 +102,16 @@ def prepare(
         tokenizer=tokenizer,
         train_vocabulary=train_tokenizer,
         tokenizer_sample_bytes=tokenizer_sample_bytes,
-        read=ReadOptions(format, text_field, prompt_field, response_field, delimiter, encoding, skip_bad_rows),
+        read=ReadOptions(
+            format=format,
+            text_field=text_field,
+            prompt_field=prompt_field,
+            response_field=response_field,
+            delimiter=delimiter,
+            encoding=encoding,
+            skip_bad_rows=skip_bad_rows,
+            template=None if template is None else load_template(template),
+        ),
         validation_fraction=validation_fraction,
         validation_inputs=validation_input or [],
         rules=None if rules is None else load_section(Rules, rules, "rules"),

@@ -18,8 +18,6 @@ from pathlib import Path
 import psutil
 import xxhash
 
-from gpt.run_directory import CHOSEN_VARIABLES
-
 MIB = 2**20
 LEFTOVER_SECONDS = 24 * 3600.0
 
@@ -47,6 +45,8 @@ def worker_environment(processes: int) -> dict[str, str]:
 
 def _noted(settings: dict[str, str]) -> dict[str, str]:
     """With the names of all that Trainyard has set so far, for environment.json."""
+    from gpt.run_directory import CHOSEN_VARIABLES  # with the recipe's types: `prepare` only asks for cores
+
     return settings | {CHOSEN_VARIABLES: " ".join([*os.environ.get(CHOSEN_VARIABLES, "").split(), *settings])}
 
 

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -22,6 +22,9 @@ from gpt.checkpoint.format import (
     rank_file_name,
     read_manifest,
 )
+
+if TYPE_CHECKING:  # takes two seconds, which a launcher that only checks a recipe need not wait
+    from transformers import PreTrainedModel
 
 TORCH_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES_SHOWN = 6
@@ -184,7 +187,7 @@ def open_checkpoint(run: Path, step: int | None = None) -> CheckpointReader:
     return CheckpointReader(checkpoint_directory(run, steps[-1] if step is None else step))
 
 
-def empty_model(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> "PreTrainedModel":
     """The transformers model of the configuration `fields` with unset parameters, for the CPU or the meta device.
 
     Raises ValueError for a model type that transformers does not know, a configuration that it refuses, or one whose
@@ -215,7 +218,7 @@ def empty_model(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtyp
     return model
 
 
-def load_plain_model(source: Path, dtype: torch.dtype | None = None, *, step: int | None = None) -> PreTrainedModel:
+def load_plain_model(source: Path, dtype: torch.dtype | None = None, *, step: int | None = None) -> "PreTrainedModel":
     """A transformers model on the CPU of this process with a checkpoint's weights, in evaluation mode.
 
     `source` is a run directory; `dtype` is the training dtype by default. Tensors are read one after the other.

@@ -310,7 +310,7 @@ def test_without_rules_nothing_is_another(tmp_path: Path, tokenizer_folder: Path
     _corpus(tmp_path)
     plain = prepare(_options(tmp_path, tmp_path / "plain", tokenizer_folder, None))
     idle = prepare(_options(tmp_path, tmp_path / "idle", tokenizer_folder, Rules(length={"min_characters": 1})))
-    assert "rules" not in plain and plain["identity"] != idle["identity"]
+    assert "rules" not in plain and "rules" not in plain["options"] and plain["identity"] != idle["identity"]
     files = [_files(tmp_path / name) for name in ("plain", "idle")]
     assert [file.pop("report.json") for file in files] and files[0] == files[1]
     assert "--rules" in idle["command"] and "--rules" not in plain["command"]

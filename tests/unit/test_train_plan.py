@@ -1,6 +1,8 @@
 """What a run refuses before any process group exists, and what it plans: data, tokenizer, lengths, prompts."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,18 @@ def test_a_good_recipe_is_planned_and_described(prepared_data: PreparedData, tmp
     assert f"length: 10 steps of 256 tokens = 2,560 tokens, {epochs:.2f} epochs" in text
     assert "last step" in text
     assert not (tmp_path / "small").exists()  # a plan writes nothing
+
+
+def test_a_launcher_checks_a_recipe_without_importing_models(prepared_data: PreparedData, tmp_path: Path) -> None:
+    """Each start waits for it, and it takes two seconds."""
+    recipe = recipe_for(prepared_data.text, tmp_path).model_dump_json()
+    program = (
+        "import json, sys, launch.local, launch.hub; from gpt.train import check; from gpt.recipe_file import "
+        "parse_recipe; check(parse_recipe(json.loads(sys.argv[1]), 'here'), 2)\n"
+        "sys.exit(', '.join(sys.modules.keys() & {'transformers.modeling_utils', 'deepspeed'}) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, recipe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("which", ["data.train", "data.validation"])
