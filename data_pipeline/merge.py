@@ -1,21 +1,19 @@
 """The end of ``prepare``: the records of all units become the manifests of the splits and the report."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
+from data_pipeline.clean import add_tally
+from data_pipeline.duplicates import count_duplicates
 from data_pipeline.plan import Plan, PrepareOptions
 from data_pipeline.shard_writer import write_manifest
 from data_pipeline.sources import Ledger
 from data_pipeline.templates import Tally, check_classes
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
+from data_pipeline.unit_documents import judged_tally
 from data_pipeline.units import TOKENIZER, hashes_path, record_path
-
-BUCKET_HASHES = 2**24  # content hashes held in memory at a time: 128 MiB
 
 
 def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> dict[str, Any]:
@@ -42,6 +40,7 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
     header = {"kind": plan.kind, "tokenizer_sha256": sha256, **records[0]["tokenizer"]}
     trained = options.train_vocabulary is not None
     vocabulary = header["vocabulary_size"]
+    hashes = {name: [hashes_path(plan, unit.number, name) for unit in plan.units] for name in plan.splits}
     seen = _task_rows(plan, records) if plan.read.template is not None else {"splits": {}}
     return {
         "kind": plan.kind,
@@ -57,19 +56,37 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
         "skipped_rows": ledger.skipped,
         "cut_short": ledger.cut_short,
         "ignored_files": list(plan.ignored),
-        "duplicates": _count_duplicates(plan, records),
+        "duplicates": count_duplicates(plan, hashes),
         "files": [
             {"name": file.name, "bytes": file.bytes, "documents_in": counts[0], "documents_kept": sum(counts[1:])}
             for file, counts in zip(plan.files, files, strict=True)
         ],
-    }
+    } | ({} if plan.rules is None else {"rules": _rules_report(plan, records)})
+
+
+def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rules changed and dropped, each with its first examples."""
+    tally = judged_tally(plan)
+    for record in records:
+        add_tally(tally, record["repeated"])
+    remarks = []
+    if tally["documents_without_spaces"]:
+        remarks.append(
+            f"{tally['documents_without_spaces']:,} documents are in scripts without spaces between words: the bounds "
+            "on words, lines and n-grams (gopher_quality, fineweb_quality, gopher_repetition) were off for them"
+        )
+    if plan.kind == "chat":
+        remarks.append("of conversations the bounds on words, lines and n-grams were off")
+    return tally | {"remarks": remarks}
 
 
 def _portable(options: PrepareOptions) -> dict[str, Any]:
     """The options that the result depends on, in words of JSON."""
     chosen = asdict(options)
-    for name in ("workers", "task", "engine"):
+    for name in ("workers", "task", "engine", "rules", "rules_file"):
         del chosen[name]
+    if options.rules is not None:
+        chosen["rules"] = options.rules.model_dump()
     chosen |= {"output": str(options.output), "tokenizer": options.tokenizer and str(options.tokenizer)}
     return {**chosen.pop("read"), **chosen}
 
@@ -127,37 +144,3 @@ def _task_rows(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
         shared = check_classes(tallies, load_tokenizer(plan.output / TOKENIZER))
         found["labels_with_the_same_first_token"] = shared
     return found
-
-
-def _count_duplicates(plan: Plan, records: list[dict[str, Any]]) -> dict[str, int]:
-    """Exact duplicates by 64-bit hash: counted, not removed. Memory does not grow with the number of documents."""
-    documents = sum(split["documents"] for record in records for split in record["splits"].values())
-    count = -(-documents // BUCKET_HASHES)
-    bounds = np.array([2**64 * bucket // count for bucket in range(1, count)], dtype=np.uint64)
-    buckets = {name: _buckets(plan, name, bounds) for name in plan.splits}
-    result = {f"{name}_repeated_documents": 0 for name in plan.splits}
-    if len(plan.splits) > 1:
-        result["documents_in_both_splits"] = 0
-    for hashes in zip(*buckets.values(), strict=True):
-        unique = [np.unique(values) for values in hashes]
-        for name, values, once in zip(plan.splits, hashes, unique, strict=True):
-            result[f"{name}_repeated_documents"] += values.size - once.size
-        if len(unique) > 1:
-            result["documents_in_both_splits"] += np.intersect1d(unique[0], unique[1], assume_unique=True).size
-    return result
-
-
-def _buckets(plan: Plan, split: str, bounds: np.ndarray) -> Iterator[np.ndarray]:
-    """The content hashes of a split, those below ``bounds[0]`` first; each unit's file is sorted."""
-    paths = [hashes_path(plan, unit.number, split) for unit in plan.units]
-    edges = []
-    for path in paths:
-        hashes = np.fromfile(path, "<u8")
-        edges.append([0, *np.searchsorted(hashes, bounds).tolist(), hashes.size])
-    for bucket in range(bounds.size + 1):
-        yield np.concatenate(
-            [
-                np.fromfile(path, "<u8", count=edge[bucket + 1] - edge[bucket], offset=8 * edge[bucket])
-                for path, edge in zip(paths, edges, strict=True)
-            ]
-        )

@@ -67,6 +67,9 @@ def prepare(
     validation_input: Annotated[
         list[str] | None, typer.Option(help="Files kept for validation instead of a share; may be repeated.")
     ] = None,
+    rules: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Cleaning rules; data_pipeline/default_rules.yaml is shipped.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
     task: Annotated[
@@ -85,8 +88,11 @@ def prepare(
     """
     from data_pipeline.prepare import PrepareOptions, parse_task
     from data_pipeline.prepare import prepare as run_prepare
+    from data_pipeline.report import summarize
+    from data_pipeline.rules import Rules
     from data_pipeline.sources import ReadOptions
     from data_pipeline.templates import load_template
+    from gpt.recipe_file import load_section
     from launch.environment import usable_cores
 
     delimiter = "\t" if delimiter == "\\t" else delimiter  # a shell passes the two characters
@@ -108,6 +114,8 @@ def prepare(
         ),
         validation_fraction=validation_fraction,
         validation_inputs=validation_input or [],
+        rules=None if rules is None else load_section(Rules, rules, "rules"),
+        rules_file=rules or "",
         seed=seed,
         workers=workers or usable_cores(),
         task=None if task is None else parse_task(task),
@@ -118,9 +126,7 @@ def prepare(
             report = run_prepare(options, progress)
         answer(report)
         if not as_json:
-            keys = ("kind", "tokenizer", "splits", "duplicates", "empty_documents", "skipped_rows", "cut_short", "task")
-            shown = {key: report[key] for key in (*keys, "units", "units_done", "reused", "run") if key in report}
-            print_values(shown | ({"report": str(out / "report.json")} if "splits" in report else {}))
+            print_values(summarize(report) | ({"report": str(out / "report.json")} if "splits" in report else {}))
 
 
 @app.command()

@@ -221,7 +221,7 @@ def test_a_killed_merge_is_done_again_with_the_units_as_they_are(tmp_path: Path,
         from pathlib import Path
         import data_pipeline.merge as module
         from data_pipeline.prepare import PrepareOptions, prepare
-        module._count_duplicates = lambda plan, records: os.kill(os.getpid(), signal.SIGKILL)
+        module.count_duplicates = lambda plan, hashes: os.kill(os.getpid(), signal.SIGKILL)
         prepare(PrepareOptions([{str(source)!r}], Path({str(tmp_path / "out")!r}),
             tokenizer=Path({str(tokenizer_folder)!r}), validation_fraction=0.1))
     """
