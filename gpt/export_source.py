@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gpt.checkpoint.files import sum_of_squares
 from gpt.checkpoint.format import Manifest, Precision, Probe
 from gpt.checkpoint.read import NORM_TOLERANCE, CheckpointReader, newest_manifest, open_checkpoint
 from gpt.run_directory import RunDirectory, json_lines, tokenizer_checksums
@@ -77,7 +78,7 @@ class CheckpointWeights:
         square = 0.0
         for start in range(0, entry.elements, CHUNK_ELEMENTS):
             values = self._reader.read_range(entry.weights, name, start, min(CHUNK_ELEMENTS, entry.elements - start))
-            square += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+            square += sum_of_squares(values)
             yield values
         norm, recorded = square**0.5, self._reader.manifest.norms.get(name, {}).get(entry.weights)
         if recorded is None or not abs(norm - recorded) <= NORM_TOLERANCE * recorded:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +139,10 @@ def write_weights(
 
         return TensorToWrite(tensor.name, tensor.dtype, tensor.shape, read)
 
-    with ThreadPoolExecutor(1) as writer, _one_torch_thread():
+    with _one_torch_thread():
         for index, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-            files[name] = write_safetensors(folder / name, map(counted, shard), {"format": "pt"}, writer)
+            files[name] = write_safetensors(folder / name, map(counted, shard), {"format": "pt"}, direct=True)
             weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         content: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -153,7 +152,7 @@ def write_weights(
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """The work on a chunk is short, and the writer needs a core: more threads would wait for it and for each other."""
+    """The work on a chunk is short: more threads would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

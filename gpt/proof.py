@@ -12,6 +12,7 @@ import torch
 
 from gpt import distributed
 from gpt.batch import BatchPositions
+from gpt.checkpoint.files import sum_of_squares
 from gpt.checkpoint.format import STEP_PATTERN, Manifest
 from gpt.checkpoint.probe import check_probe
 from gpt.checkpoint.read import NORM_TOLERANCE, CheckpointReader
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 Findings = tuple[list[str], list[str]]
 """(what was compared and agrees, what differs with both values)."""
-
-CHUNK_ELEMENTS = 1 << 22
 
 
 def prove(
@@ -58,11 +57,6 @@ def prove(
             f"nothing was trained on it: move the folder away to go on from the checkpoint before it"
         )
     return f"resume proof: {', '.join(agreeing)}: PASS"
-
-
-def sum_of_squares(values: torch.Tensor) -> float:
-    """In double precision, with little memory beside the tensor's own."""
-    return sum(float(part.double().square().sum()) for part in values.flatten().split(CHUNK_ELEMENTS))
 
 
 def _live_norms(

@@ -5,6 +5,7 @@ Nothing here is a collective: rank 0 sees in the folder that the others are done
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, write_safetensors
+from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, sum_of_squares, write_safetensors
 from gpt.checkpoint.format import (
     Manifest,
     OptimizerEntry,
@@ -109,7 +110,7 @@ def write_rank(
             if value.numel()
         ],
     )
-    norms = {n: float(torch.linalg.vector_norm(v, dtype=torch.float64)) for n, v in tensors.items() if _is_fragment(n)}
+    norms = {name: math.sqrt(sum_of_squares(value)) for name, value in tensors.items() if _is_fragment(name)}
     _write_sidecar(folder, rank, {"save": save, "file": entry.model_dump(), "ranges": ranges, "norms": norms})
 
 

@@ -1,9 +1,10 @@
 """Files of `checkpoint/1`: the safetensors writer against the library, and refusal of every damaged byte."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,18 +45,30 @@ def write_two_blocks(path: Path) -> tuple[torch.Tensor, FileEntry]:
     return tensor, write_safetensors(path, [to_write("a", tensor, 300_001)])
 
 
-def test_a_writer_thread_gives_the_same_file_and_its_failures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("knows_direct", [True, False])
+def test_a_file_around_the_cache_is_the_same_and_has_the_same_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows_direct: bool
+) -> None:
     tensors = {"a": torch.randn(2 * BLOCK_BYTES // 4 + 1000), "b": torch.randn(5, 3), "empty": torch.zeros(0)}
     entries = [to_write(name, tensor, 300_001) for name, tensor in tensors.items()]
-    with ThreadPoolExecutor(1) as writer:
-        alone = write_safetensors(tmp_path / "alone", entries)
-        assert write_safetensors(tmp_path / "beside", entries, writer=writer) == alone
-        assert (tmp_path / "beside").read_bytes() == (tmp_path / "alone").read_bytes()
-        with pytest.raises(OSError, match="No space left on device"):
-            write_safetensors(Path("/dev/full"), entries, writer=writer)
-        with pytest.raises(ValueError, match="takes 4 bytes, but its values have 8"):
-            short = TensorToWrite("a", "F32", (1,), lambda: [torch.zeros(1), torch.zeros(1)])
-            write_safetensors(tmp_path / "wrong", [short], writer=writer)
+    alone = write_safetensors(tmp_path / "alone", entries)
+    opened, how = os.open, []
+
+    def open_as_the_file_system_can(path: Path, flags: int, mode: int = 0o777) -> int:
+        how.append(bool(flags & os.O_DIRECT))
+        if flags & os.O_DIRECT and not knows_direct:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr("gpt.checkpoint.direct.os.open", open_as_the_file_system_can)
+    assert write_safetensors(tmp_path / "beside", entries, direct=True) == alone
+    assert how == ([True] if knows_direct else [True, False])
+    assert (tmp_path / "beside").read_bytes() == (tmp_path / "alone").read_bytes()
+    with pytest.raises(OSError, match="No space left on device"):
+        write_safetensors(Path("/dev/full"), entries, direct=True)
+    with pytest.raises(ValueError, match="takes 4 bytes, but its values have 8"):
+        short = TensorToWrite("a", "F32", (1,), lambda: [torch.zeros(1), torch.zeros(1)])
+        write_safetensors(tmp_path / "wrong", [short], direct=True)
 
 
 def flip_byte(path: Path, offset: int) -> None:

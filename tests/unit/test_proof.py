@@ -11,10 +11,11 @@ from recipe_samples import make_recipe
 from small_checkpoint import make_model, write_checkpoint
 
 from gpt.batch import MicroBatch
+from gpt.checkpoint.files import sum_of_squares
 from gpt.checkpoint.format import Manifest, read_manifest
 from gpt.checkpoint.probe import check_probe, make_probe
 from gpt.optimizer import Schedule
-from gpt.proof import compare_learning_rate, compare_norms, compare_position, compare_step, sum_of_squares
+from gpt.proof import compare_learning_rate, compare_norms, compare_position, compare_step
 
 RECIPE = make_recipe({"train.steps": 20})
 SCHEDULE = Schedule(RECIPE.optimizer, 20)

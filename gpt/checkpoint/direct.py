@@ -1,0 +1,87 @@
+"""A file written around the page cache: what is written once and not read again soon need not push anything out of it,
+and the kernel neither copies it nor makes pages for it, which takes longer than the disk."""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from gpt.checkpoint.format import BLOCK_BYTES, FileEntry
+
+ALIGNMENT_BYTES = 4096
+"""What O_DIRECT asks of lengths and places; the largest sector of today's disks."""
+
+
+class DirectFile:
+    """Takes bytes in order, and writes them in blocks of `BLOCK_BYTES`, each with its xxh3-64. One block is on its way
+    to the disk while the next one is filled. A file system that knows no O_DIRECT gets the same through its cache."""
+
+    def __init__(self, path: Path, disk: ThreadPoolExecutor) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self._descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError:
+            self._descriptor = os.open(path, flags, 0o666)
+        self._disk = disk
+        # an anonymous mapping begins at a page
+        self._filling, self._other = (memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2))
+        self._filled_bytes = 0
+        self._pending: Future[None] | None = None
+        self._blocks: list[str] = []
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take the bytes; they may be changed afterwards."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            part = view[: BLOCK_BYTES - self._filled_bytes]
+            self._filling[self._filled_bytes : self._filled_bytes + len(part)] = part
+            self._filled_bytes += len(part)
+            view = view[len(part) :]
+            if self._filled_bytes == BLOCK_BYTES:
+                self._end_block()
+
+    def finish(self) -> FileEntry:
+        """Make the content durable (fsync)."""
+        size = len(self._blocks) * BLOCK_BYTES + self._filled_bytes
+        if self._filled_bytes:
+            self._end_block()
+        self._wait()
+        os.ftruncate(self._descriptor, size)
+        os.fsync(self._descriptor)
+        return FileEntry(size_bytes=size, blocks=self._blocks)
+
+    def close(self) -> None:
+        """Also after an error: nothing is being written any more."""
+        with contextlib.suppress(OSError):  # `finish` has not returned, and its error says more
+            self._wait()
+        os.close(self._descriptor)
+
+    def _end_block(self) -> None:
+        self._wait()
+        start, length = len(self._blocks) * BLOCK_BYTES, self._filled_bytes
+        self._blocks.append(xxhash.xxh3_64_hexdigest(self._filling[:length]))
+        padded = -(-length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # cut off again by `finish`
+        self._pending = self._disk.submit(self._write_block, self._filling[:padded], start)
+        self._filling, self._other = self._other, self._filling
+        self._filled_bytes = 0
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write_block(self, block: memoryview, start: int) -> None:
+        while len(block):
+            count = os.pwrite(self._descriptor, block, start)
+            block, start = block[count:], start + count
+
+
+@contextlib.contextmanager
+def direct_file(path: Path) -> Iterator[DirectFile]:
+    """A new `DirectFile`, closed at the end."""
+    with ThreadPoolExecutor(1, "disk") as disk, contextlib.closing(DirectFile(path, disk)) as file:
+        yield file
