@@ -92,10 +92,8 @@ def export_model(
 
     `dtype` is bf16, fp16 or fp32, by default the training dtype. A source without a probe of the live engine is
     exported only where `ungated` allows it. With `gguf` the folder also holds the model as one file for llama.cpp,
-    which is read back and compared, too. `progress(done_bytes, total_bytes)` is called while weights are written.
-    The folder is written under a temporary name, checked by `export_gate.py` in a fresh process and renamed; one that
-    fails the gate is renamed `<out>.failed`. Returns what was written and, for each check of the gate, its sentence;
-    the folder's `export_report.json` has the numbers.
+    which is compared, too. The folder is written under a temporary name, checked by `export_gate.py` and renamed; one
+    that fails is renamed `<out>.failed`. Returns what was written and, for each check of the gate, its sentence.
 
     Raises ValueError for an `out` that is not empty, damaged files, a tokenizer that does not fit, too little disk or
     memory, or where the gate found the folder unequal to the live engine.

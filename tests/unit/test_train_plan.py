@@ -18,16 +18,16 @@ from recipe_samples import PreparedData, make_recipe
 from transformers import AutoTokenizer
 
 from gpt import distributed, preflight, train
+from gpt.evaluate import end_token_ids
+from gpt.model import tied_names
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory, tokenizer_checksums
 from gpt.train import (
     _build_evaluation,
     _describe_run,
     check,
-    end_token_ids,
     plan_run,
     sample_prompt,
-    tied_names,
     total_steps,
 )
 
