@@ -64,7 +64,7 @@ def main() -> None:
     for peer in options.peers:
         for tuned in (True, False):
             name = peer if tuned else f"{peer} as documented"
-            contenders[name] = lambda peer=peer, tuned=tuned: run_peer(peer, settings, options.ranks, tuned=tuned)
+            contenders[name] = lambda peer=peer, tuned=tuned: run_peer(peer, settings, options, tuned=tuned)
     facts["peak_flops"] = measure_peak()
     facts["runs"] = [
         {"pair": pair, "contender": name, **run()} for pair in range(options.pairs) for name, run in contenders.items()
@@ -87,6 +87,7 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training speed next to other trainers.")
     parser.add_argument("--model", choices=list(MODELS), default="42m")
+    parser.add_argument("--micro-batch", type=int, help="sequences of a rank's forward; default: 8, of 135m 4")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--stage", type=int, choices=[1, 2, 3], default=3)
     parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of every layer")
@@ -98,6 +99,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/train_MODEL.json")
     options = parser.parse_args()
     options.out = options.out or ROOT / "benchmarks" / "results" / f"train_{options.model}.json"
+    options.micro_batch = options.micro_batch or MICRO_BATCH[options.model]
     if unknown := set(options.peers) - set(PEERS):
         parser.error(f"unknown peers {', '.join(sorted(unknown))}: choose of {', '.join(PEERS)}")
     if options.steps < WARM_STEPS + 2:
@@ -106,7 +108,7 @@ def read_options() -> argparse.Namespace:
 
 
 def write_recipe(options: argparse.Namespace) -> Path:
-    micro = MICRO_BATCH[options.model]
+    micro = options.micro_batch
     recipe = {
         "name": "run",
         "runs_directory": str(WORK / "runs"),
@@ -133,7 +135,7 @@ def write_settings(options: argparse.Namespace) -> Path:
     from gpt.recipe_file import load_recipe
     from gpt.train import open_training_data
 
-    micro, rows = MICRO_BATCH[options.model], WORK / "rows.npy"
+    micro, rows = options.micro_batch, WORK / "rows.npy"
     stream = open_training_data(load_recipe(str(WORK / "recipe.yaml"), []))
     np.save(rows, stream.rows(range(options.steps * micro * options.ranks)).input_ids)
     settings = {
@@ -153,7 +155,7 @@ def run_ours(recipe: Path, options: argparse.Namespace) -> dict[str, Any]:
     lines = (WORK / "runs" / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     steady = records[WARM_STEPS:]
-    result = timed(started, [record["time"] for record in records], options.model, options.ranks)
+    result = timed(started, [record["time"] for record in records], options)
     waits = {
         f"{name}_share": sum(r[f"performance/{name}_seconds"] for r in steady)
         / sum(r["performance/step_seconds"] for r in steady)
@@ -162,13 +164,12 @@ def run_ours(recipe: Path, options: argparse.Namespace) -> dict[str, Any]:
     return result | waits | {"peak_gib": records[-1]["memory/peak_gib"]}
 
 
-def run_peer(peer: str, settings: Path, ranks: int, *, tuned: bool) -> dict[str, Any]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def run_peer(peer: str, settings: Path, options: argparse.Namespace, *, tuned: bool) -> dict[str, Any]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
     program = [str(ROOT / "benchmarks" / "train_peer.py"), peer, str(settings)]
-    started = run([*launcher, *program], worker_environment(ranks) if tuned else {})
-    results = [json.loads((WORK / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
-    model = next(name for name, fields in MODELS.items() if fields == json.loads(settings.read_text())["model"])
-    return timed(started, results[0]["step_ends"], model, ranks) | {"peak_gib": max(r["peak_gib"] for r in results)}
+    started = run([*launcher, *program], worker_environment(options.ranks) if tuned else {})
+    results = [json.loads((WORK / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(options.ranks)]
+    return timed(started, results[0]["step_ends"], options) | {"peak_gib": max(r["peak_gib"] for r in results)}
 
 
 def run(command: list[str], variables: dict[str, str]) -> float:
@@ -179,10 +180,10 @@ def run(command: list[str], variables: dict[str, str]) -> float:
     return started
 
 
-def timed(started: float, ends: list[float], model: str, ranks: int) -> dict[str, Any]:
+def timed(started: float, ends: list[float], options: argparse.Namespace) -> dict[str, Any]:
     """Start-up is from the command to the end of the first step. A step lasts from the end of the one before."""
     seconds = [end - before for before, end in zip(ends[WARM_STEPS - 1 :], ends[WARM_STEPS:], strict=False)]
-    tokens = SEQUENCE * MICRO_BATCH[model] * ranks
+    tokens = SEQUENCE * options.micro_batch * options.ranks
     return {
         "step_seconds": seconds,
         "start_seconds": ends[0] - started,
