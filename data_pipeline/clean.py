@@ -72,21 +72,26 @@ def add_tally(total: dict[str, Any], more: dict[str, Any]) -> None:
             total[name] += value
 
 
-def drop(tally: dict[str, Any], reason: Reason, document: Document, size: int, file: str) -> None:
-    """Count a dropped document of ``size`` bytes and keep the first as examples."""
+def drop(tally: dict[str, Any], reason: Reason, document: Document, file: str) -> None:
+    """Count a dropped document and keep the first as examples."""
     entry = tally["dropped"][reason[0]]
     entry["documents"] += 1
-    entry["bytes"] += size
+    entry["bytes"] += text_bytes(document)
     if len(entry["examples"]) < EXAMPLES_KEPT:
-        excerpt = plain_text(document)[:EXCERPT_CHARACTERS]
+        excerpt = "\n".join(texts_of(document))[:EXCERPT_CHARACTERS]
         entry["examples"].append({"file": file, "why": reason[1], "text": excerpt})
 
 
-def plain_text(document: Document) -> str:
-    """A text, or the contents of a conversation's messages, a line each."""
+def texts_of(document: Document) -> list[str]:
+    """The text, or the contents of a conversation's messages."""
     if document.messages is None:
-        return document.text
-    return "\n".join(message.get("content") or "" for message in document.messages)
+        return [document.text]
+    return [message.get("content") or "" for message in document.messages]
+
+
+def text_bytes(document: Document) -> int:
+    """Its size in UTF-8."""
+    return sum(len(text.encode()) for text in texts_of(document))
 
 
 class Cleaner:
@@ -98,10 +103,7 @@ class Cleaner:
 
     def repair(self, document: Document, tally: dict[str, Any] | None = None, file: str = "") -> Document:
         """The document with its texts repaired; what changed is counted in ``tally``."""
-        if document.messages is None:
-            texts = [document.text]
-        else:
-            texts = [message.get("content") or "" for message in document.messages]
+        texts = texts_of(document)
         for name, apply in self._repairs:
             after = [apply(text) for text in texts]
             if tally is not None and after != texts:
@@ -117,7 +119,7 @@ class Cleaner:
 
         A text in a script without spaces between words passes the bounds on words, lines and n-grams.
         """
-        text = _Text(plain_text(document))
+        text = _Text("\n".join(texts_of(document)))
         spaced: bool | None = None
         for section, bounds in self._bounds:
             if section != "length":

@@ -42,6 +42,7 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
     vocabulary = header["vocabulary_size"]
     hashes = {name: [hashes_path(plan, unit.number, name) for unit in plan.units] for name in plan.splits}
     seen = _task_rows(plan, records) if plan.read.template is not None else {"splits": {}}
+    rules = None if plan.rules is None else _rules_report(plan, records)
     return {
         "kind": plan.kind,
         "options": _portable(options),
@@ -52,7 +53,7 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
             for name in plan.splits
         },
         **{key: value for key, value in seen.items() if key != "splits"},
-        "empty_documents": sum(record["empty_documents"] for record in records),
+        **_balance(records, sum(counts[0] for counts in files), rules),
         "skipped_rows": ledger.skipped,
         "cut_short": ledger.cut_short,
         "ignored_files": list(plan.ignored),
@@ -61,7 +62,20 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
             {"name": file.name, "bytes": file.bytes, "documents_in": counts[0], "documents_kept": sum(counts[1:])}
             for file, counts in zip(plan.files, files, strict=True)
         ],
-    } | ({} if plan.rules is None else {"rules": _rules_report(plan, records)})
+    } | ({} if rules is None else {"rules": rules})
+
+
+def _balance(records: list[dict[str, Any]], documents_in: int, rules: dict[str, Any] | None) -> dict[str, Any]:
+    """What became of all documents, and of their text; ids of a tokenizer without exact lengths have none."""
+    splits = [split for record in records for split in record["splits"].values()]
+    kept, empty = sum(split["documents"] for split in splits), sum(record["empty_documents"] for record in records)
+    dropped = sum(entry["documents"] for entry in rules["dropped"].values()) if rules else 0
+    documents = {"in": documents_in, "kept": kept, "empty": empty, "dropped": dropped}
+    sizes = [split["text_bytes"] for split in splits]
+    size = None if None in sizes else sum(sizes)
+    lost = sum(entry["bytes"] for entry in rules["dropped"].values()) if rules else 0
+    before = rules["bytes_in"] if rules else size
+    return {"documents": documents, "text_bytes": {"in": before, "kept": size, "dropped": lost}}
 
 
 def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -72,8 +86,8 @@ def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
     remarks = []
     if tally["documents_without_spaces"]:
         remarks.append(
-            f"{tally['documents_without_spaces']:,} documents are in scripts without spaces between words: the bounds "
-            "on words, lines and n-grams (gopher_quality, fineweb_quality, gopher_repetition) were off for them"
+            f"documents in scripts without spaces between words: {tally['documents_without_spaces']:,}; for them the "
+            "bounds on words, lines and n-grams (gopher_quality, fineweb_quality, gopher_repetition) were off"
         )
     if plan.kind == "chat":
         remarks.append("of conversations the bounds on words, lines and n-grams were off")
@@ -123,13 +137,15 @@ def _write_split(
     directory = plan.output / name
     shards = [shard for split in splits for shard in split["shards"]]
     write_manifest(directory, split=name, shards=shards, units=units, **header)
+    written = TokenShards(directory)
     text_bytes = [split["text_bytes"] for split in splits]
     return {
         "documents": sum(split["documents"] for split in splits),
         "tokens": sum(split["tokens"] for split in splits),
         "text_bytes": None if None in text_bytes else sum(text_bytes),
         "longest_document_tokens": max(split["longest_document_tokens"] for split in splits),
-        "fingerprint": TokenShards(directory).fingerprint,
+        "length_histogram": written.length_histogram(),
+        "fingerprint": written.fingerprint,
     }
 
 

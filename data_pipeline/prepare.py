@@ -21,6 +21,7 @@ import orjson
 from data_pipeline.duplicates import mark_duplicates
 from data_pipeline.merge import merge_units
 from data_pipeline.plan import SPLITS, Plan, PrepareOptions, Progress, make_plan
+from data_pipeline.report import render_page
 from data_pipeline.shard_writer import sync_directory, write_file_atomically
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import copy_tokenizer, train_tokenizer
@@ -28,14 +29,16 @@ from data_pipeline.unit_documents import RECORDS, require_kept, unit_is_judged
 from data_pipeline.units import TOKENIZER, no_room, sample_path, unit_is_done
 from data_pipeline.workers import run_units
 
-REPORT_VERSION = "prepare/2"
+REPORT_VERSION = "prepare/3"
 REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
 MARKER_NAME = "prepare.incomplete"
 SAMPLE_NAME = "sample.json"  # in RECORDS: what the tokenizer was trained on
 
 
 def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[str, Any]:
-    """Write ``train``, ``validation``, ``tokenizer`` and ``report.json`` into ``options.output`` and return the report.
+    """Write ``train``, ``validation``, ``tokenizer``, ``report.json`` and ``report.html`` into ``options.output``;
+    return the report.
 
     The same options on the same files give the same bytes, for any number of workers and after any interruption. What
     an interrupted call has finished is kept; where the output already holds all of it, nothing is done and the stored
@@ -233,9 +236,11 @@ def _refuse_foreign(output: Path) -> None:
     if not output.is_dir():
         raise ValueError(f"{output} is a file: choose another --out")
     names = {
-        entry.name for entry in output.iterdir() if not re.fullmatch(r"(tokenizer|report\.json)\..*\.tmp", entry.name)
+        entry.name
+        for entry in output.iterdir()
+        if not re.fullmatch(r"(tokenizer|report\.json|report\.html)\..*\.tmp", entry.name)
     }
-    if names and (MARKER_NAME not in names or names - {*SPLITS, TOKENIZER, RECORDS, MARKER_NAME}):
+    if names and (MARKER_NAME not in names or names - {*SPLITS, TOKENIZER, RECORDS, MARKER_NAME, PAGE_NAME}):
         raise ValueError(f"{output} is not empty and was not made by trainyard prepare: choose another --out")
 
 
@@ -268,6 +273,7 @@ def _make(options: PrepareOptions, plan: Plan, bar: _Bar) -> tuple[dict[str, Any
         if options.task is None:
             shutil.rmtree(plan.output / RECORDS)  # with other options these units are of no use
         raise
+    write_file_atomically(plan.output / PAGE_NAME, render_page(report).encode())
     content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     write_file_atomically(plan.output / REPORT_NAME, content.encode())
     _remove_traces(plan.output)

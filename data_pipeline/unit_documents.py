@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.clean import Cleaner, add_tally, drop, no_tally, plain_text
+from data_pipeline.clean import Cleaner, add_tally, drop, no_tally, text_bytes
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import write_file_atomically
 from data_pipeline.sources import Document, Ledger, read_documents
@@ -78,8 +78,7 @@ def kept_documents(
             continue
         if verdict == REPEATED and tally is not None:
             document = cleaner.repair(document)
-            size = len(plain_text(document).encode())
-            drop(tally, ("duplicates.exact", "stands elsewhere"), document, size, plan.files[file].label)
+            drop(tally, ("duplicates.exact", "stands elsewhere"), document, plan.files[file].label)
         yield file, document, None
 
 
@@ -92,13 +91,13 @@ def judge_unit(plan: Plan, number: int, report: Report) -> None:
     kept: dict[str, tuple[array[int], array[int]]] = {name: (array("Q"), array("I")) for name in plan.splits}
     for file, document in read_unit(plan, number, Ledger(), report):
         tally["documents_in"] += 1
-        tally["bytes_in"] += len(plain_text(document).encode())
+        tally["bytes_in"] += text_bytes(document)
         label = plan.files[file].label
         document = cleaner.repair(document, tally, label)
         content = document_content(document)
         reason = cleaner.broken_bound(document, tally) if content else None
         if reason is not None:
-            drop(tally, reason, document, len(plain_text(document).encode()), label)
+            drop(tally, reason, document, label)
         elif content:
             content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
             hashes, places = kept[plan.split_of(file, content_hash)]

@@ -19,7 +19,7 @@ import orjson
 import xxhash
 
 from data_pipeline.chat import ChatRenderer
-from data_pipeline.clean import no_tally
+from data_pipeline.clean import no_tally, text_bytes
 from data_pipeline.engines import open_engine
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import UnitWriter, write_file_atomically
@@ -250,10 +250,7 @@ class _Split:
             self._flush()
         self.hashes.append(content_hash)
         if document.ids is None:
-            size = len(content)
-            if document.messages is not None:
-                size = sum(len((message.get("content") or "").encode()) for message in document.messages)
-            self._count_text(size)
+            self._count_text(len(content) if document.messages is None else text_bytes(document))
 
     def finish(self) -> dict[str, Any]:
         """The split's part of the unit's record."""

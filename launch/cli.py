@@ -126,7 +126,7 @@ def prepare(
             report = run_prepare(options, progress)
         answer(report)
         if not as_json:
-            print_values(summarize(report) | ({"report": str(out / "report.json")} if "splits" in report else {}))
+            print_values(summarize(report) | ({"report": str(out / "report.html")} if "splits" in report else {}))
 
 
 @app.command()

@@ -161,7 +161,7 @@ def test_documents_in_both_splits_are_counted(tmp_path: Path, tokenizer_folder: 
     options.validation_inputs = [str(tmp_path / "b.jsonl")]
     report = prepare(options)
     assert report["duplicates"]["documents_in_both_splits"] == 1
-    assert report["empty_documents"] == 1
+    assert report["documents"]["empty"] == 1
     assert [file["documents_in"] for file in report["files"]] == [3, 2]
     assert [file["documents_kept"] for file in report["files"]] == [2, 2]
 
