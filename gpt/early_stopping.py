@@ -82,6 +82,6 @@ class Patience:
             return None
         best = f"{abs(self._best):.6g} at step {self._best_step}" if self._best_step else "never finite"
         return (
-            f"evaluate/{self.metric} did not get better by more than {self._settings.minimum_improvement:g} in "
+            f"the validation {self.metric} did not get better by more than {self._settings.minimum_improvement:g} in "
             f"{self._without} evaluations; the best was {best}"
         )

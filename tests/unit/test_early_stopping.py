@@ -59,7 +59,7 @@ def test_a_resume_anywhere_ends_at_the_same_evaluation(tmp_path: Path) -> None:
             reason = patience.see(step, cost("accuracy", values[step // 10 - 1]))
         reasons[resumed] = step, reason
     assert set(reasons.values()) == {
-        (70, "evaluate/accuracy did not get better by more than 0 in 3 evaluations; the best was 0.41 at step 40")
+        (70, "the validation accuracy did not get better by more than 0 in 3 evaluations; the best was 0.41 at step 40")
     }
 
 
