@@ -4,7 +4,8 @@ from typing import Any
 
 import orjson
 
-from data_pipeline.documents import BadRow, Message, ReadOptions
+from data_pipeline.documents import BadRow, Message, ReadOptions, string_field
+from data_pipeline.templates import template_columns, template_messages
 
 MESSAGES_FIELDS = ("messages", "conversations")
 ALPACA_FIELDS = ("instruction", "output")
@@ -17,6 +18,8 @@ UNSUPPORTED_MESSAGE_KEYS = ("function_call", "reasoning_content", "thinking")
 
 def conversation_fields(options: ReadOptions) -> tuple[str, ...]:
     """All columns that a conversation may be in."""
+    if options.template is not None:
+        return template_columns(options.template)
     return (*MESSAGES_FIELDS, options.prompt_field, options.response_field, *ALPACA_FIELDS, *OTHER_FIELDS)
 
 
@@ -25,19 +28,6 @@ def holds_conversations(columns: list[str], options: ReadOptions) -> bool:
     present = set(columns)
     pairs = ({options.prompt_field, options.response_field}, set(ALPACA_FIELDS))
     return bool(present & set(MESSAGES_FIELDS)) or any(pair <= present for pair in pairs)
-
-
-def string_field(row: dict[str, Any], field: str, inside: str = "") -> str:
-    """The text in a field. BadRow where it is missing, null, or anything but a text."""
-    value = row.get(field)
-    if isinstance(value, str):
-        return value
-    if field not in row:
-        listed = ", ".join(repr(name) for name in row)
-        raise BadRow("missing field", f"there is no field {field!r}; the fields are {listed}", inside)
-    shown = "null" if value is None else f"a {type(value).__name__}"
-    reason = "null field" if value is None else "field that is not a text"
-    raise BadRow(reason, f"the field {field!r} is {shown}, not a text: correct or remove the row", inside)
 
 
 def conversation(row: dict[str, Any], options: ReadOptions) -> tuple[list[Message], list[Any] | None]:
@@ -50,6 +40,8 @@ def conversation(row: dict[str, Any], options: ReadOptions) -> tuple[list[Messag
     Raises:
         BadRow: a field is missing, or holds something else.
     """
+    if options.template is not None:
+        return template_messages(options.template, row), None
     tools = _list_field(row, "tools") if row.get("tools") else None
     for field in MESSAGES_FIELDS:
         if field in row:

@@ -20,6 +20,20 @@ Row = tuple[int, Any, int]  # number in the part, a dict of fields or a BadRow, 
 
 
 @dataclass(frozen=True)
+class TaskTemplate:
+    """What a row of a table becomes, as ``templates.load_template`` reads it; ``{name}`` stands for a column."""
+
+    file: str
+    prompt: str  # the user's message
+    response: str | None = None  # the assistant's; either this ...
+    label: str | None = None  # ... or the column that holds the class, which is then the response
+    system: str | None = None
+
+    def __str__(self) -> str:
+        return self.file
+
+
+@dataclass(frozen=True)
 class ReadOptions:
     """How files are read; the fields are those of ``prepare.PrepareOptions``."""
 
@@ -30,16 +44,25 @@ class ReadOptions:
     delimiter: str | None = None
     encoding: str = "utf-8"
     skip_bad_rows: bool = False  # count bad rows in the ledger and go on, instead of stopping at the first
+    template: TaskTemplate | None = None  # makes a conversation of each row of a table
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"the format {self.format!r} is unknown; the formats are {', '.join(FORMATS)}")
+        if self.template is not None and self.format in ("text", "megatron"):
+            raise ValueError(
+                f"a template makes conversations of the rows of a table; the format {self.format} has none"
+            )
         if self.delimiter is not None and len(self.delimiter) != 1:
             raise ValueError(f"a delimiter is one character, not {self.delimiter!r}")
         try:
             "".encode(self.encoding)
         except LookupError:
             raise ValueError(f"the encoding {self.encoding!r} is unknown; examples: utf-8, gb18030, cp1252") from None
+
+    @property
+    def wants_chat(self) -> bool:
+        return self.format == "chat" or self.template is not None
 
     @property
     def codec(self) -> str:
@@ -92,6 +115,19 @@ class BadRow(Exception):
         super().__init__(message)
         self.reason = reason
         self.inside = inside  # ", message 2"
+
+
+def string_field(row: dict[str, Any], field: str, inside: str = "") -> str:
+    """The text in a field. BadRow where it is missing, null, or anything but a text."""
+    value = row.get(field)
+    if isinstance(value, str):
+        return value
+    if field not in row:
+        listed = ", ".join(repr(name) for name in row)
+        raise BadRow("missing field", f"there is no field {field!r}; the fields are {listed}", inside)
+    shown = "null" if value is None else f"a {type(value).__name__}"
+    reason = "null field" if value is None else "field that is not a text"
+    raise BadRow(reason, f"the field {field!r} is {shown}, not a text: correct or remove the row", inside)
 
 
 class Place:

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import orjson
 import psutil
 from tokenizers import Tokenizer, pre_tokenizers
 
@@ -37,6 +38,7 @@ UNICODE_17 = (
     *((0x18D80, 0x18DF2), (0x1E6C0, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479)),
 )
 FIRST_UNASSIGNED = 0x378
+FIRST_SURROGATE, LAST_SURROGATE = 0xD800, 0xDFFF  # UTF-16 writes code points above 0xFFFF as two of them
 _ASSIGNED_PLANES = 0x40000  # no plane between 3 and 14 has characters, and 14 to 16 have neither letters nor numbers
 
 # Of all texts one after another, uint32 [tokens]; tokens of each text, int64 [texts].
@@ -66,7 +68,7 @@ class _ComparedEngine(Engine, abc.ABC):
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
-        self._definition = json.loads(self.oracle.to_str())
+        self._definition = orjson.loads(self.oracle.to_str())
         self._patterns = split_patterns(self._definition)
         added = _separate_added_tokens(self._definition)
         # The oracle, too, reads special tokens as text; for the others they must not exist.
@@ -122,8 +124,10 @@ class _ComparedEngine(Engine, abc.ABC):
         return []
 
     def _is_contested(self, text: str) -> bool:
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        rare = codes[np.flatnonzero(codes >= FIRST_UNASSIGNED)]
+        codes = np.frombuffer(text.encode("utf-16-le"), dtype="<u2")  # half as long as the code points
+        if ((codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)).any():
+            codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        rare = codes[np.flatnonzero(codes >= FIRST_UNASSIGNED)].astype(np.int64)
         if _new_characters()[np.minimum(rare, _ASSIGNED_PLANES)].any():
             return True
         # Normal forms of different Unicode versions differ, but never for a text that is in its normal form.
@@ -165,7 +169,7 @@ class _Gigatoken(_ComparedEngine):
 
     def _load(self) -> None:
         package = importlib.import_module("gigatoken")
-        self._backend = package.Tokenizer.from_json(json.dumps(self._definition))
+        self._backend = package.Tokenizer.from_json(orjson.dumps(self._definition).decode())
         self._cached_bytes = 0
         self._memory_bytes = psutil.Process().memory_info().rss
 
@@ -285,7 +289,7 @@ def _shortened(text: str) -> str:
 def _new_characters() -> np.ndarray:
     """bool ``[code point]``: unknown to this Python's Unicode tables, or new in Unicode 17."""
     table = np.zeros(_ASSIGNED_PLANES + 1, dtype=bool)
-    table[:-1] = [unicodedata.category(chr(code)) == "Cn" for code in range(_ASSIGNED_PLANES)]
+    table[:-1] = [category == "Cn" for category in map(unicodedata.category, map(chr, range(_ASSIGNED_PLANES)))]
     for first, last in UNICODE_17:
         table[first : last + 1] = True
     return table

@@ -1,20 +1,19 @@
 """The end of ``prepare``: the records of all units become the manifests of the splits and the report."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
+from data_pipeline.clean import add_tally
+from data_pipeline.duplicates import count_duplicates
 from data_pipeline.plan import Plan, PrepareOptions
 from data_pipeline.shard_writer import write_manifest
 from data_pipeline.sources import Ledger
+from data_pipeline.templates import Tally, check_classes
 from data_pipeline.token_shards import TokenShards
-from data_pipeline.tokenizer import tokenizer_fingerprint
+from data_pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
+from data_pipeline.unit_documents import judged_tally
 from data_pipeline.units import TOKENIZER, hashes_path, record_path
-
-BUCKET_HASHES = 2**24  # content hashes held in memory at a time: 128 MiB
 
 
 def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> dict[str, Any]:
@@ -41,29 +40,67 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
     header = {"kind": plan.kind, "tokenizer_sha256": sha256, **records[0]["tokenizer"]}
     trained = options.train_vocabulary is not None
     vocabulary = header["vocabulary_size"]
+    hashes = {name: [hashes_path(plan, unit.number, name) for unit in plan.units] for name in plan.splits}
+    seen = _task_rows(plan, records) if plan.read.template is not None else {"splits": {}}
+    rules = None if plan.rules is None else _rules_report(plan, records)
     return {
         "kind": plan.kind,
         "options": _portable(options),
         "tokenizer": {"sha256": sha256, "vocabulary_size": vocabulary, "trained": trained, **sample},
         "units": len(plan.units),
-        "splits": {name: _write_split(plan, name, records, files, header) for name in plan.splits},
-        "empty_documents": sum(record["empty_documents"] for record in records),
+        "splits": {
+            name: _write_split(plan, name, records, files, header) | seen["splits"].get(name, {})
+            for name in plan.splits
+        },
+        **{key: value for key, value in seen.items() if key != "splits"},
+        **_balance(records, sum(counts[0] for counts in files), rules),
         "skipped_rows": ledger.skipped,
         "cut_short": ledger.cut_short,
         "ignored_files": list(plan.ignored),
-        "duplicates": _count_duplicates(plan, records),
+        "duplicates": count_duplicates(plan, hashes),
         "files": [
             {"name": file.name, "bytes": file.bytes, "documents_in": counts[0], "documents_kept": sum(counts[1:])}
             for file, counts in zip(plan.files, files, strict=True)
         ],
-    }
+    } | ({} if rules is None else {"rules": rules})
+
+
+def _balance(records: list[dict[str, Any]], documents_in: int, rules: dict[str, Any] | None) -> dict[str, Any]:
+    """What became of all documents, and of their text; ids of a tokenizer without exact lengths have none."""
+    splits = [split for record in records for split in record["splits"].values()]
+    kept, empty = sum(split["documents"] for split in splits), sum(record["empty_documents"] for record in records)
+    dropped = sum(entry["documents"] for entry in rules["dropped"].values()) if rules else 0
+    documents = {"in": documents_in, "kept": kept, "empty": empty, "dropped": dropped}
+    sizes = [split["text_bytes"] for split in splits]
+    size = None if None in sizes else sum(sizes)
+    lost = sum(entry["bytes"] for entry in rules["dropped"].values()) if rules else 0
+    before = rules["bytes_in"] if rules else size
+    return {"documents": documents, "text_bytes": {"in": before, "kept": size, "dropped": lost}}
+
+
+def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rules changed and dropped, each with its first examples."""
+    tally = judged_tally(plan)
+    for record in records:
+        add_tally(tally, record["repeated"])
+    remarks = []
+    if tally["documents_without_spaces"]:
+        remarks.append(
+            f"documents in scripts without spaces between words: {tally['documents_without_spaces']:,}; for them the "
+            "bounds on words, lines and n-grams (gopher_quality, fineweb_quality, gopher_repetition) were off"
+        )
+    if plan.kind == "chat":
+        remarks.append("of conversations the bounds on words, lines and n-grams were off")
+    return tally | {"remarks": remarks}
 
 
 def _portable(options: PrepareOptions) -> dict[str, Any]:
     """The options that the result depends on, in words of JSON."""
     chosen = asdict(options)
-    for name in ("workers", "task", "engine"):
+    for name in ("workers", "task", "engine", "rules", "rules_file"):
         del chosen[name]
+    if options.rules is not None:
+        chosen["rules"] = options.rules.model_dump()
     chosen |= {"output": str(options.output), "tokenizer": options.tokenizer and str(options.tokenizer)}
     return {**chosen.pop("read"), **chosen}
 
@@ -100,45 +137,26 @@ def _write_split(
     directory = plan.output / name
     shards = [shard for split in splits for shard in split["shards"]]
     write_manifest(directory, split=name, shards=shards, units=units, **header)
+    written = TokenShards(directory)
     text_bytes = [split["text_bytes"] for split in splits]
     return {
         "documents": sum(split["documents"] for split in splits),
         "tokens": sum(split["tokens"] for split in splits),
         "text_bytes": None if None in text_bytes else sum(text_bytes),
         "longest_document_tokens": max(split["longest_document_tokens"] for split in splits),
-        "fingerprint": TokenShards(directory).fingerprint,
+        "length_histogram": written.length_histogram(),
+        "fingerprint": written.fingerprint,
     }
 
 
-def _count_duplicates(plan: Plan, records: list[dict[str, Any]]) -> dict[str, int]:
-    """Exact duplicates by 64-bit hash: counted, not removed. Memory does not grow with the number of documents."""
-    documents = sum(split["documents"] for record in records for split in record["splits"].values())
-    count = -(-documents // BUCKET_HASHES)
-    bounds = np.array([2**64 * bucket // count for bucket in range(1, count)], dtype=np.uint64)
-    buckets = {name: _buckets(plan, name, bounds) for name in plan.splits}
-    result = {f"{name}_repeated_documents": 0 for name in plan.splits}
-    if len(plan.splits) > 1:
-        result["documents_in_both_splits"] = 0
-    for hashes in zip(*buckets.values(), strict=True):
-        unique = [np.unique(values) for values in hashes]
-        for name, values, once in zip(plan.splits, hashes, unique, strict=True):
-            result[f"{name}_repeated_documents"] += values.size - once.size
-        if len(unique) > 1:
-            result["documents_in_both_splits"] += np.intersect1d(unique[0], unique[1], assume_unique=True).size
-    return result
-
-
-def _buckets(plan: Plan, split: str, bounds: np.ndarray) -> Iterator[np.ndarray]:
-    """The content hashes of a split, those below ``bounds[0]`` first; each unit's file is sorted."""
-    paths = [hashes_path(plan, unit.number, split) for unit in plan.units]
-    edges = []
-    for path in paths:
-        hashes = np.fromfile(path, "<u8")
-        edges.append([0, *np.searchsorted(hashes, bounds).tolist(), hashes.size])
-    for bucket in range(bounds.size + 1):
-        yield np.concatenate(
-            [
-                np.fromfile(path, "<u8", count=edge[bucket + 1] - edge[bucket], offset=8 * edge[bucket])
-                for path, edge in zip(paths, edges, strict=True)
-            ]
-        )
+def _task_rows(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report says of a template's rows: lengths and classes. Raises ValueError for unusable classes."""
+    tallies = {name: Tally() for name in plan.splits}
+    for record in records:
+        for name, tally in tallies.items():
+            tally.merge(record["splits"][name]["tally"])
+    found: dict[str, Any] = {"splits": {name: tally.report() for name, tally in tallies.items()}}
+    if plan.read.template is not None and plan.read.template.label is not None:
+        shared = check_classes(tallies, load_tokenizer(plan.output / TOKENIZER))
+        found["labels_with_the_same_first_token"] = shared
+    return found

@@ -3,12 +3,17 @@
 import hashlib
 import json
 import shlex
+import unicodedata
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
+import ftfy
+import stdnum
 import xxhash
 
+from data_pipeline.rules import Rules
 from data_pipeline.sources import ReadOptions, SourceFile, Unit, content_kind, content_paths, find_files, plan_units
 from data_pipeline.tokenizer import tokenizer_files
 
@@ -16,6 +21,7 @@ SPLITS = ("train", "validation")
 MAX_UNITS = 4096
 WHOLE_DIGEST_BYTES = 64 * 2**20
 EDGE_BYTES = 2**20
+RULES_VERSION = 1  # to be raised when a rule does something else
 
 Progress = Callable[[int, int], None]
 
@@ -31,6 +37,8 @@ class PrepareOptions:
     read: ReadOptions = field(default_factory=ReadOptions)
     validation_fraction: float = 0.01  # share of documents, where validation_inputs does not name files of their own
     validation_inputs: list[str] = field(default_factory=list)
+    rules: Rules | None = None  # what is repaired and dropped
+    rules_file: str = ""  # its name, for the command line
     seed: int = 0
     tokenizer_sample_bytes: int = 512 * 2**20  # of text that a tokenizer is trained on, at most
     unit_bytes: int = 128 * 2**20  # of input in one work unit; larger where there would be more than MAX_UNITS
@@ -46,6 +54,7 @@ class PrepareOptions:
         for name, chosen in (("--tokenizer", self.tokenizer), ("--train-tokenizer", self.train_vocabulary)):
             words += [] if chosen is None else [name, str(chosen)]
         words += [word for entry in self.validation_inputs for word in ("--validation-input", entry)]
+        words += ["--rules", self.rules_file] if self.rules is not None else []
         own = ["seed"] + ["tokenizer_sample_bytes"] * (self.train_vocabulary is not None)
         own += ["validation_fraction"] * (not self.validation_inputs)
         default = PrepareOptions([], self.output)
@@ -70,6 +79,7 @@ class Plan:
     units: tuple[Unit, ...]
     kind: str  # "text" or "chat"
     splits: tuple[str, ...]
+    rules: Rules | None
     seed: int
     validation_threshold: int | None  # content hashes below it fall to validation; None: by file
     weights: tuple[int, ...]  # bytes of input of each unit, at least 1
@@ -112,6 +122,8 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         raise ValueError(f"{kinds['chat'].label} holds conversations, which the engine huggingface alone encodes")
     if "ids" in kinds and options.train_vocabulary is not None:
         raise ValueError(f"{kinds['ids'].label} holds token ids: give the tokenizer that made them (--tokenizer)")
+    if "ids" in kinds and options.rules is not None:
+        raise ValueError(f"{kinds['ids'].label} holds token ids, to which rules (--rules) cannot be applied")
     unit_bytes = max(options.unit_bytes, -(-sum(file.bytes for file in files) // MAX_UNITS))
     units = tuple(plan_units(files, options.read, unit_bytes))
     weights, train = _unit_bytes(files, units, len(files)), _unit_bytes(files, units, train_files)
@@ -125,6 +137,7 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         units=units,
         kind="chat" if "chat" in kinds else "text",  # ids are of texts
         splits=SPLITS if validated else SPLITS[:1],
+        rules=options.rules,
         seed=options.seed,
         validation_threshold=None if options.validation_inputs else int(options.validation_fraction * 2**64),
         weights=tuple(weights),
@@ -158,14 +171,17 @@ def _identity(
     Skipping bad rows is not part of it: it gives the same data where there are none, and a stored result that skipped
     some is not taken for one that must not.
     """
-    choices = {
-        "read": {key: value for key, value in asdict(options.read).items() if key != "skip_bad_rows"},
+    choices: dict[str, Any] = {
+        "read": _read_choices(options.read),
         "train_vocabulary": options.train_vocabulary,
         "validation_fraction": None if options.validation_inputs else options.validation_fraction,
         "seed": options.seed,
         "sample": None if options.train_vocabulary is None else options.tokenizer_sample_bytes,
         "units": [[[part.file, part.begin, part.end] for part in unit.parts] for unit in units],
     }
+    if options.rules is not None:
+        tables = {"ftfy": ftfy.__version__, "stdnum": stdnum.__version__, "unicode": unicodedata.unidata_version}
+        choices["rules"] = [RULES_VERSION, options.rules.model_dump(), tables]
     if options.tokenizer is not None:
         choices["tokenizer"] = {file.name: file_digest(file) for file in tokenizer_files(options.tokenizer)}
     digests = []
@@ -177,6 +193,12 @@ def _identity(
         if progress is not None:
             progress(done, total)
     return hashlib.sha256(json.dumps(["prepare/2", choices, digests], sort_keys=True).encode()).hexdigest()
+
+
+def _read_choices(read: ReadOptions) -> dict[str, Any]:
+    """How files are read, a template by what it says and not by its place."""
+    choices = {key: value for key, value in asdict(read).items() if key not in ("skip_bad_rows", "template")}
+    return choices if read.template is None else choices | {"template": asdict(replace(read.template, file=""))}
 
 
 def file_digest(path: Path) -> str:

@@ -18,22 +18,27 @@ from typing import Any
 
 import orjson
 
+from data_pipeline.duplicates import mark_duplicates
 from data_pipeline.merge import merge_units
 from data_pipeline.plan import SPLITS, Plan, PrepareOptions, Progress, make_plan
+from data_pipeline.report import render_page
 from data_pipeline.shard_writer import sync_directory, write_file_atomically
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import copy_tokenizer, train_tokenizer
-from data_pipeline.units import RECORDS, TOKENIZER, no_room, sample_path, unit_is_done
+from data_pipeline.unit_documents import RECORDS, require_kept, unit_is_judged
+from data_pipeline.units import TOKENIZER, no_room, sample_path, unit_is_done
 from data_pipeline.workers import run_units
 
-REPORT_VERSION = "prepare/2"
+REPORT_VERSION = "prepare/3"
 REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
 MARKER_NAME = "prepare.incomplete"
 SAMPLE_NAME = "sample.json"  # in RECORDS: what the tokenizer was trained on
 
 
 def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[str, Any]:
-    """Write ``train``, ``validation``, ``tokenizer`` and ``report.json`` into ``options.output`` and return the report.
+    """Write ``train``, ``validation``, ``tokenizer``, ``report.json`` and ``report.html`` into ``options.output``;
+    return the report.
 
     The same options on the same files give the same bytes, for any number of workers and after any interruption. What
     an interrupted call has finished is kept; where the output already holds all of it, nothing is done and the stored
@@ -53,7 +58,7 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[s
     """
     began = time.monotonic()
     _check_options(options)
-    bar = _Bar(progress, passes=2 if options.train_vocabulary is None else 3)
+    bar = _Bar(progress, passes=2 + (options.train_vocabulary is not None) + (options.rules is not None))
     plan = make_plan(options, bar.within_pass)
     bar.next_pass()
     stored = _stored_report(options, plan)
@@ -96,6 +101,11 @@ def _check_options(options: PrepareOptions) -> None:
             raise ValueError(
                 "tasks share one tokenizer: train it first (trainyard prepare with --train-tokenizer on a part of the "
                 "data), then give its folder to all tasks with --tokenizer"
+            )
+        if options.rules is not None:
+            raise ValueError(
+                "tasks see their own share only, and rules (--rules) drop duplicates in the whole: prepare with one "
+                "call and many --workers"
             )
     if not options.inputs:
         raise ValueError("give at least one input")
@@ -226,9 +236,11 @@ def _refuse_foreign(output: Path) -> None:
     if not output.is_dir():
         raise ValueError(f"{output} is a file: choose another --out")
     names = {
-        entry.name for entry in output.iterdir() if not re.fullmatch(r"(tokenizer|report\.json)\..*\.tmp", entry.name)
+        entry.name
+        for entry in output.iterdir()
+        if not re.fullmatch(r"(tokenizer|report\.json|report\.html)\..*\.tmp", entry.name)
     }
-    if names and (MARKER_NAME not in names or names - {*SPLITS, TOKENIZER, RECORDS, MARKER_NAME}):
+    if names and (MARKER_NAME not in names or names - {*SPLITS, TOKENIZER, RECORDS, MARKER_NAME, PAGE_NAME}):
         raise ValueError(f"{output} is not empty and was not made by trainyard prepare: choose another --out")
 
 
@@ -243,6 +255,8 @@ def _clear(output: Path) -> None:
 
 
 def _make(options: PrepareOptions, plan: Plan, bar: _Bar) -> tuple[dict[str, Any], dict[str, Any]]:
+    if plan.rules is not None:
+        _judge(options, plan, bar)
     sample = _make_tokenizer(options, plan, bar)
     index, count = options.task or (0, 1)
     missing = [unit.number for unit in plan.units[index::count] if not unit_is_done(plan, unit.number)]
@@ -259,13 +273,14 @@ def _make(options: PrepareOptions, plan: Plan, bar: _Bar) -> tuple[dict[str, Any
         if options.task is None:
             shutil.rmtree(plan.output / RECORDS)  # with other options these units are of no use
         raise
+    write_file_atomically(plan.output / PAGE_NAME, render_page(report).encode())
     content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     write_file_atomically(plan.output / REPORT_NAME, content.encode())
     _remove_traces(plan.output)
     return report | {"reused": False}, run
 
 
-def _run(options: PrepareOptions, plan: Plan, numbers: list[int], bar: _Bar, sample: bool = False) -> str:
+def _run(options: PrepareOptions, plan: Plan, numbers: list[int], bar: _Bar, step: str = "make") -> str:
     """Make the units and report progress in bytes of input."""
     weights = plan.weights
     shares = dict.fromkeys(numbers, 0.0)
@@ -277,10 +292,19 @@ def _run(options: PrepareOptions, plan: Plan, numbers: list[int], bar: _Bar, sam
         shares[number] = share
         bar.within_pass(done, sum(weights))
 
-    engine = run_units(plan, numbers, options.workers, progress, sample=sample) if numbers else ""
+    engine = run_units(plan, numbers, options.workers, progress, step) if numbers else ""
     bar.within_pass(sum(weights), sum(weights))
     bar.next_pass()
     return engine
+
+
+def _judge(options: PrepareOptions, plan: Plan, bar: _Bar) -> None:
+    """Apply the rules to all units, before the tokenizer is trained on what they keep."""
+    missing = [unit.number for unit in plan.units if not unit_is_judged(plan, unit.number)]
+    _run(options, plan, missing, bar, "judge")
+    require_kept(plan)
+    if plan.rules is not None and plan.rules.duplicates:
+        mark_duplicates(plan)
 
 
 def _make_tokenizer(options: PrepareOptions, plan: Plan, bar: _Bar) -> dict[str, int]:
@@ -299,7 +323,7 @@ def _make_tokenizer(options: PrepareOptions, plan: Plan, bar: _Bar) -> dict[str,
             copy_tokenizer(options.tokenizer, temporary)
         elif options.train_vocabulary is not None:
             missing = [unit.number for unit in plan.units if not sample_path(plan, unit.number).is_file()]
-            _run(options, plan, missing, bar, sample=True)
+            _run(options, plan, missing, bar, "sample")
             sample = {"sample_documents": 0, "sample_text_bytes": 0}
             train_tokenizer(_sampled_texts(plan, sample), options.train_vocabulary, temporary)
             write_file_atomically(sample_file, json.dumps(sample).encode())

@@ -15,9 +15,21 @@ import numpy as np
 
 from data_pipeline import arrow_tables, text_tables
 from data_pipeline.byte_streams import COMPRESSIONS, keeps_ascii, open_bytes
-from data_pipeline.conversations import conversation, conversation_fields, holds_conversations, string_field
-from data_pipeline.documents import BadRow, Document, Ledger, Part, Reading, ReadOptions, Row, SourceFile, Unit
+from data_pipeline.conversations import conversation, conversation_fields, holds_conversations
+from data_pipeline.documents import (
+    BadRow,
+    Document,
+    Ledger,
+    Part,
+    Reading,
+    ReadOptions,
+    Row,
+    SourceFile,
+    Unit,
+    string_field,
+)
 from data_pipeline.megatron import MegatronDocuments, megatron_documents
+from data_pipeline.templates import template_columns
 
 CONTAINERS = {
     "text": (".txt", ".text", ".md"),
@@ -91,7 +103,7 @@ def _files_of(entry: str, options: ReadOptions, ignored: list[str]) -> list[Sour
 def _wanted_extensions(options: ReadOptions) -> list[str]:
     if options.format in CONTAINERS:
         return list(CONTAINERS[options.format])
-    kinds = [kind for kind in CONTAINERS if options.format != "chat" or kind not in ("text", "megatron")]
+    kinds = [kind for kind in CONTAINERS if not options.wants_chat or kind not in ("text", "megatron")]
     return [extension for kind in kinds for extension in CONTAINERS[kind]]
 
 
@@ -144,7 +156,7 @@ def _source_file(path: Path, name: str, options: ReadOptions) -> SourceFile:
     extension, compression = _extensions(path)
     container = options.format if options.format in CONTAINERS else ""
     for candidate, extensions in CONTAINERS.items():
-        if not container and extension in extensions and not (options.format == "chat" and candidate == "text"):
+        if not container and extension in extensions and not (options.wants_chat and candidate == "text"):
             container = candidate
     if not container:
         known = ", ".join(_wanted_extensions(options))
@@ -229,12 +241,21 @@ def content_kind(file: SourceFile, options: ReadOptions) -> str:
     Raises:
         ValueError: the columns needed for that are missing or ambiguous, or the file cannot be read at all.
     """
+    if options.template is not None and file.container == "megatron":
+        raise ValueError(f"{file.label} holds token ids; the template {options.template} needs a table")
     if file.container in ("text", "megatron"):
         return "text" if file.container == "text" else "ids"
     columns = _columns(file, options)
     is_chat = holds_conversations(columns, options)
-    kind = "chat" if options.format == "chat" or (options.format == "auto" and is_chat) else "text"
+    kind = "chat" if options.wants_chat or (options.format == "auto" and is_chat) else "text"
     listed = ", ".join(repr(name) for name in columns)
+    if options.template is not None:
+        if missing := [name for name in template_columns(options.template) if name not in columns]:
+            raise ValueError(
+                f"{file.label} has no column {missing[0]!r}, which the template {options.template} names; its columns "
+                f"are {listed}"
+            )
+        return kind
     if kind == "text" and options.text_field not in columns:
         raise ValueError(
             f"{file.label} has no column {options.text_field!r}; its columns are {listed}: choose one with --text-field"

@@ -300,6 +300,14 @@ class TokenShards:
         ]
         return np.concatenate(parts)
 
+    def length_histogram(self) -> list[dict[str, int]]:
+        """How many documents have ``from_tokens`` (a power of two) up to twice as many; of all shards, one by one."""
+        counts = np.zeros(33, dtype=np.int64)
+        for index, entry in enumerate(self.manifest["shards"]):
+            lengths = np.diff(self._shard(index).document_starts, append=entry["tokens"])
+            counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=33)
+        return [{"from_tokens": 2**power, "documents": n} for power, n in enumerate(counts.tolist()) if n]
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens ``[start, start + count)`` of the stream, int64."""
         out = np.empty(count, dtype=np.int64)

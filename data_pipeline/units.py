@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,12 @@ import orjson
 import xxhash
 
 from data_pipeline.chat import ChatRenderer
+from data_pipeline.clean import no_tally, text_bytes
 from data_pipeline.engines import open_engine
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import UnitWriter, write_file_atomically
-from data_pipeline.sources import Document, Ledger, read_documents
+from data_pipeline.sources import Document, Ledger
+from data_pipeline.templates import Tally
 from data_pipeline.token_shards import sum_bytes
 from data_pipeline.tokenizer import (
     document_frame,
@@ -32,14 +33,12 @@ from data_pipeline.tokenizer import (
     token_byte_lengths,
     vocabulary_size,
 )
+from data_pipeline.unit_documents import RECORDS, Report, kept_documents
 
-RECORDS = ".units"
 TOKENIZER = "tokenizer"
 BATCH_CHARACTERS = 2**20  # what is encoded in one call
 BATCH_DOCUMENTS = 4096
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-Report = Callable[[float], None]  # the share of the unit that is done
 
 
 def record_path(plan: Plan, number: int) -> Path:
@@ -131,9 +130,12 @@ class UnitMaker:
         files = {part.file: [0, *[0] * len(splits)] for part in self._plan.units[number].parts}
         places = {name: place for place, name in enumerate(splits, start=1)}
         empty = 0
-        for file, document, content in _documents(self._plan, number, ledger, report):
+        repeated = None if self._plan.rules is None else no_tally(self._plan.rules)
+        for file, document, content in kept_documents(self._plan, number, ledger, report, repeated):
             counts = files[file]
             counts[0] += 1
+            if content is None:
+                continue
             if not content:
                 empty += 1
                 continue
@@ -156,15 +158,17 @@ class UnitMaker:
             "files": [[file, *counts] for file, counts in files.items()],
             "empty_documents": empty,
             "ledger": asdict(ledger),
-        }
+        } | ({} if repeated is None else {"repeated": repeated})
 
 
 def sample_unit(plan: Plan, number: int, report: Report) -> None:
     """Write the unit's share of the texts that a tokenizer is trained on: those of the smallest content hashes."""
     sample = _Sample(plan.sample_bytes[number])
-    for file, document, content in _documents(plan, number, Ledger(), report):
+    for file, document, content in kept_documents(plan, number, Ledger(), report):
+        if not content:
+            continue
         content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
-        if content and plan.split_of(file, content_hash) == "train":
+        if plan.split_of(file, content_hash) == "train":
             texts = [document.text]
             if document.messages is not None:
                 texts = [message.get("content") or "" for message in document.messages]
@@ -223,33 +227,6 @@ def _cut(texts: list[str], size: int) -> list[str]:
     return kept
 
 
-def _documents(plan: Plan, number: int, ledger: Ledger, report: Report) -> Iterator[tuple[int, Document, bytes]]:
-    """(index of the file, document, what makes it the same as another) of a unit; empty documents have no content."""
-    parts = plan.units[number].parts
-    for index, part in enumerate(parts):
-        file = plan.files[part.file]
-        by_bytes = file.container == "jsonl" and part.end > 1
-        begin, size = (part.begin, part.end - part.begin) if by_bytes else (0, max(1, file.bytes))
-        for count, document in enumerate(read_documents(file, plan.read, part, ledger)):
-            if count % 256 == 0:
-                report((index + min(1.0, max(0.0, (document.bytes_read - begin) / size))) / len(parts))
-            yield part.file, document, _content(document)
-
-
-def _content(document: Document) -> bytes:
-    if document.ids is not None:
-        return document.ids.astype("<u4").tobytes()
-    if document.messages is None:
-        return document.text.encode()
-    turns: list[Any] = []
-    for message in document.messages:
-        rest = {key: value for key, value in message.items() if key not in ("role", "content")}
-        turns.append([message["role"], message.get("content"), *([rest] if rest else [])])
-    if document.tools:
-        turns.append(document.tools)
-    return json.dumps(turns, ensure_ascii=False, sort_keys=True).encode()
-
-
 class _Split:
     """One split of the unit: what waits to be encoded, the writer, and what is counted."""
 
@@ -261,6 +238,8 @@ class _Split:
         self._batch: list[Document] = []
         self._characters = 0
         self._text_bytes: int | None = 0
+        self._template = plan.read.template
+        self._tally = Tally()
 
     def add(self, document: Document, content: bytes, content_hash: int) -> None:
         if self._batch and (self._batch[0].ids is None) != (document.ids is None):
@@ -271,10 +250,7 @@ class _Split:
             self._flush()
         self.hashes.append(content_hash)
         if document.ids is None:
-            size = len(content)
-            if document.messages is not None:
-                size = sum(len((message.get("content") or "").encode()) for message in document.messages)
-            self._count_text(size)
+            self._count_text(len(content) if document.messages is None else text_bytes(document))
 
     def finish(self) -> dict[str, Any]:
         """The split's part of the unit's record."""
@@ -285,6 +261,7 @@ class _Split:
             "tokens": self.writer.tokens,
             "text_bytes": self._text_bytes,
             "longest_document_tokens": self.writer.longest_document_tokens,
+            "tally": self._tally.as_json(),
         }
 
     def _flush(self) -> None:
@@ -293,6 +270,10 @@ class _Split:
             return
         encoded = self._encoder.encode(batch)
         self.writer.add_documents(encoded.tokens, encoded.lengths, encoded.mask)
+        if self._template is not None and encoded.mask is not None:
+            [document] = batch
+            response = (document.messages or [])[-1]["content"]
+            self._tally.add(self._template, response, len(encoded.mask), int(encoded.mask.sum()))
         if batch[0].ids is not None:
             self._count_text(encoded.text_bytes)
 

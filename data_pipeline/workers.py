@@ -24,18 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.plan import Plan
-from data_pipeline.units import Report, UnitMaker, no_room, sample_unit
+from data_pipeline.unit_documents import Report, judge_unit
+from data_pipeline.units import UnitMaker, no_room, sample_unit
 
 DEATHS_IN_A_ROW = 4
 REPORT_SECONDS = 0.2
 # the workers share the cores between them; a pool of threads in each would make them fight. What the user set stays.
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
+STEPS = {"judge": judge_unit, "sample": sample_unit}  # what comes before units are made
+
 UnitProgress = Callable[[int, float], None]  # number of a unit, the share of it that is done
 
 
-def run_units(plan: Plan, numbers: Sequence[int], workers: int, progress: UnitProgress, *, sample: bool = False) -> str:
-    """Make units (with ``sample``: sample their texts for a tokenizer) and return the engine, with remarks for people.
+def run_units(plan: Plan, numbers: Sequence[int], workers: int, progress: UnitProgress, step: str = "make") -> str:
+    """Do a step on units ("judge", "sample" or "make" them) and return the engine, with remarks for people.
 
     One worker is this process itself.
 
@@ -45,18 +48,18 @@ def run_units(plan: Plan, numbers: Sequence[int], workers: int, progress: UnitPr
     """
     workers = min(workers, len(numbers))
     if workers > 1:
-        return _Pool(plan, numbers, progress, sample).run(workers)
-    make, remarks = _work(plan, sample)
+        return _Pool(plan, numbers, progress, step).run(workers)
+    make, remarks = _work(plan, step)
     for number in numbers:
         make(number, partial(progress, number))
         progress(number, 1.0)
     return remarks
 
 
-def _work(plan: Plan, sample: bool) -> tuple[Callable[[int, Report], None], str]:
+def _work(plan: Plan, step: str) -> tuple[Callable[[int, Report], None], str]:
     """What is to be done with a unit, and remarks on it."""
-    if sample:
-        return partial(sample_unit, plan), ""
+    if step in STEPS:
+        return partial(STEPS[step], plan), ""
     maker = UnitMaker(plan)
     return maker.make, maker.remarks
 
@@ -64,7 +67,7 @@ def _work(plan: Plan, sample: bool) -> tuple[Callable[[int, Report], None], str]
 class _Worker:
     """A process, the line to it, and the unit that it works on."""
 
-    def __init__(self, plan: Plan, sample: bool) -> None:
+    def __init__(self, plan: Plan, step: str) -> None:
         self.connection, theirs = Pipe()
         self.unit: int | None = None
         root = str(Path(__file__).resolve().parents[1])
@@ -76,7 +79,7 @@ class _Worker:
         try:
             # the plan of many files is larger than a pipe holds, and a start should not wait for the one before it
             with tempfile.TemporaryFile() as start:
-                pickle.dump((plan, sample), start)
+                pickle.dump((plan, step), start)
                 start.seek(0)
                 self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=start, env=environment)
         finally:
@@ -93,9 +96,9 @@ class _Worker:
 class _Pool:
     """Deals units to workers until all are done."""
 
-    def __init__(self, plan: Plan, numbers: Sequence[int], progress: UnitProgress, sample: bool) -> None:
+    def __init__(self, plan: Plan, numbers: Sequence[int], progress: UnitProgress, step: str) -> None:
         self._plan = plan
-        self._sample = sample
+        self._step = step
         self._progress = progress
         self._waiting = deque(numbers)
         self._left = len(numbers)
@@ -116,7 +119,7 @@ class _Pool:
         return self._engine
 
     def _start(self) -> None:
-        worker = _Worker(self._plan, self._sample)
+        worker = _Worker(self._plan, self._step)
         self._workers[worker.connection] = worker
 
     def _answer(self, worker: _Worker) -> None:
@@ -182,7 +185,7 @@ def _reporter(connection: Connection, number: int) -> Report:
 
 def _serve(connection: Connection) -> None:
     """The worker's side: units in, progress and results out, until the line closes."""
-    plan, sample = pickle.load(sys.stdin.buffer)
+    plan, step = pickle.load(sys.stdin.buffer)
     units: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -194,7 +197,7 @@ def _serve(connection: Connection) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     try:
-        make, remarks = _work(plan, sample)
+        make, remarks = _work(plan, step)
         connection.send(("ready",))
         while True:
             number = units.get()

@@ -105,7 +105,15 @@ class DeepSpeedWeights:
     def __init__(self, directory: Path, config: dict[str, Any], *, trust_pickle: bool = False) -> None:
         self.directory, self.config = directory, config
         self._trust_pickle = trust_pickle
-        models, optimizers = self._load_ranks()
+        try:
+            self._lay_out(*self._load_ranks())
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{directory} is damaged, or not of DeepSpeed's save_checkpoint with ZeRO: its files do not hold what "
+                f"they name ({type(error).__name__}: {_first_line(error)})."
+            ) from error
+
+    def _lay_out(self, models: list[_Saved], optimizers: list[_Saved]) -> None:
         first = models[0]
         self.world_size, self.steps, self.version = len(optimizers), int(first["global_steps"]), first["ds_version"]
         module, tied = first["module"], first["shared_params"]
@@ -129,7 +137,7 @@ class DeepSpeedWeights:
         for name, shape in self.shapes.items():
             held = sum(piece.numel() for piece in self._pieces.get(name, []))
             if held != math.prod(shape):
-                raise ValueError(f"{directory} holds {held} elements of {name}, which has the shape {shape}.")
+                raise ValueError(f"{self.directory} holds {held} elements of {name}, which has the shape {shape}.")
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """As `WeightSource`; raises ValueError where masters and the model's own weights differ (stages 1 and 2)."""

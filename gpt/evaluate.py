@@ -27,8 +27,8 @@ from gpt.loss import count_correct, cross_entropy_sum
 from gpt.metrics import Evaluation, Record
 from gpt.model import is_run_directory
 from gpt.run_directory import stored_recipe
-from gpt.scores import score_exact_match, score_multiple_choice
-from gpt.task import MultipleChoice, load_task
+from gpt.scores import require_libraries, score
+from gpt.task import load_task
 
 if TYPE_CHECKING:
     from gpt.trainer import Trainer
@@ -178,28 +178,32 @@ def evaluate_task(
     source: Path,
     task_file: Path,
     *,
+    baseline: Path | None = None,
     loading: Loading | None = None,
     predictions: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Score a run directory (its newest checkpoint) or a Hugging Face folder on the questions of a task.
 
-    `predictions` gets a line for each question. Raises as `evaluate_path`, and ValueError for a bad task or question.
+    `predictions` gets a line for each question; `baseline` is scored likewise, for comparison. Raises as
+    `evaluate_path`, and ValueError for a bad task or question, or a library that is not installed.
     """
     task, questions = load_task(task_file)
+    require_libraries(task)
+    if baseline is not None and not baseline.exists():
+        raise FileNotFoundError(f"{baseline} does not exist: give a run directory or a model folder")
     if predictions is not None:  # a place that cannot be written is refused now, not when all is scored
         predictions.parent.mkdir(parents=True, exist_ok=True)
         predictions.open("a").close()
-    model, tokenizer = _load_with_tokenizer(source, loading)
-    if isinstance(task, MultipleChoice):
-        scored = score_multiple_choice(model, tokenizer, task, questions, progress)
-    else:
-        scored = score_exact_match(model, tokenizer, task, questions, progress)
+    scored = score(*_load_with_tokenizer(source, loading), task, questions, progress)
     if predictions is not None:
         lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in scored.predictions]
         predictions.write_text("".join(lines), encoding="utf-8")
     about = {"task": str(task_file), "kind": task.kind, "examples": len(questions), **scored.facts}
-    return {**about, "scores": scored.scores()}
+    baselines = scored.baseline_scores()
+    if baseline is not None:
+        baselines[str(baseline)] = score(*_load_with_tokenizer(baseline, loading), task, questions, progress).scores()
+    return {**about, "scores": scored.scores(), **({"baselines": baselines} if baselines else {})}
 
 
 def evaluate_harness(source: Path, tasks: Path, *, loading: Loading | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ that transformers holds in another layout than the hub) or by a few MiB (all oth
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from gpt.checkpoint.files import TensorToWrite, hash_file
 from gpt.checkpoint.format import FileEntry, Precision, fsync_directory
 from gpt.checkpoint.read import TORCH_DTYPES, empty_model
 from gpt.deepspeed_checkpoint import source_of_deepspeed
+from gpt.early_stopping import best_step
 from gpt.export_check import (
     GateMemory,
     available_memory_bytes,
@@ -45,16 +47,18 @@ def export_run(
     out: Path,
     *,
     step: int | None = None,
+    best: bool = False,
     describe_data: Callable[[Path], str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Export the newest checkpoint of the run directory `source`, or the one of `step`: see `source_of_run` and
-    `export_model`.
+    """Export the newest checkpoint of the run directory `source`, the one of `step`, or the best: see `best_step`,
+    `source_of_run` and `export_model`.
 
     Raises:
         ValueError: no such checkpoint or damaged files, and as `export_model`.
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
+    step = best_step(Path(source)) if best else step
     return export_model(source_of_run(Path(source), step, describe_data), out, **options)
 
 
@@ -157,14 +161,26 @@ def _checked_out(out: Path, source: ExportSource, ungated: bool) -> Path:
 
 @contextlib.contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside `out` under a temporary name; it is gone afterwards where it was not renamed."""
-    folder = out.parent / f".tmp-{out.name}"
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A folder beside `out` under a temporary name; it is gone afterwards where it was not renamed. A second export to
+    `out` is refused meanwhile."""
+    folder, lock = (out.parent / f".tmp-{out.name}{ending}" for ending in ("", ".lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another export to {out} is at work; wait for it or end it, or give another folder."
+            ) from None
+        except OSError:
+            pass  # no locks on this file system
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _precision(dtype: str | None, training: Precision) -> Precision:

@@ -194,6 +194,8 @@ def load_model(folder: Path, loading: Loading | None = None) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         hint = "; it is a run directory, which `trainyard export` makes a model of" * (folder / "checkpoints").is_dir()
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json{hint}.")
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has no weights as safetensors; pickles (*.bin) can run code and are not read.")
     transformers.utils.logging.disable_progress_bar()  # standard error is for sentences
     placement = loading.placement()
     scratch = None if loading.offload_folder else tempfile.TemporaryDirectory(prefix="trainyard-offload-")
@@ -204,6 +206,7 @@ def load_model(folder: Path, loading: Loading | None = None) -> PreTrainedModel:
             offload_folder=loading.offload_folder or (scratch and scratch.name),
             output_loading_info=True,
             trust_remote_code=False,
+            use_safetensors=True,
             **placement,
         )
     except Exception as error:  # as above; of a damaged file it is safetensors' own
@@ -228,6 +231,7 @@ class PromptEncoder:
         as_chat: whether a prompt is a user's message; otherwise it is the beginning of a text.
         end_tokens: what ends an answer: the model's end tokens and, in a chat, the token with which the template closes
             an answer.
+        closing: that token alone, where there is one.
     """
 
     def __init__(
@@ -247,9 +251,11 @@ class PromptEncoder:
         self._beginning: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.end_tokens = [ends] if isinstance(ends, int) else list(ends or [])
+        self.closing: list[int] = []
         if self.as_chat:
             self._require_template()
-            self.end_tokens += [end for end in self._template_ends() if end not in self.end_tokens]
+            self.closing = self._template_ends()
+            self.end_tokens += [end for end in self.closing if end not in self.end_tokens]
 
     def encode(self, prompt: str | list[Message]) -> list[int]:
         """The token ids of a prompt, or of a conversation that waits for an answer.

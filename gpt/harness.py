@@ -37,7 +37,11 @@ def evaluate_with_harness(model: Any, tokenizer: Any, tasks: Path) -> dict[str, 
     if not loaded:
         raise ValueError(f"{tasks} holds no task of lm-evaluation-harness: a YAML file with the key task")
     runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=ROWS_PER_FORWARD)
-    found = lm_eval.simple_evaluate(model=runner, tasks=loaded, task_manager=manager, log_samples=False)
+    try:
+        found = lm_eval.simple_evaluate(model=runner, tasks=loaded, task_manager=manager, log_samples=False)
+    except Exception as error:  # a later document may lack what the first one has
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"lm-evaluation-harness cannot evaluate the tasks of {tasks} ({reason})") from error
     assert found is not None, "None comes on ranks above 0 only"
     kept = {name: found[name] for name in ("results", "n-shot", "n-samples") if name in found}
     return {"lm_eval": lm_eval.__version__, **kept}

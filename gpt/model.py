@@ -110,6 +110,8 @@ def _config_of_weights(pretrained: str) -> PreTrainedConfig:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         config.architectures = architectures
         return config
+    if any(Path(pretrained).glob("*.bin")) and not any(Path(pretrained).glob("*.safetensors")):
+        raise ValueError(f"model.pretrained {pretrained} has no weights as safetensors; pickles are not read")
     try:
         return AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -157,7 +159,7 @@ def _load_weights(pretrained: str, config: PreTrainedConfig, dtype: torch.dtype)
         ValueError: it lacks tensors; transformers would go on with random numbers in their place.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        pretrained, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        pretrained, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, use_safetensors=True
     )
     if missing := sorted(loaded[1]["missing_keys"]):
         shown = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
@@ -184,10 +186,27 @@ def frozen_names(model: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
     return frozen
 
 
-def check_frozen(model: Model, config: PreTrainedConfig) -> None:
-    """`frozen_names`, for its errors, without any weights."""
-    with torch.device("meta"):
-        frozen_names(AutoModelForCausalLM.from_config(config), model.frozen)
+def check_weights(model: Model, config: PreTrainedConfig, precision: str) -> None:
+    """What a model of this configuration cannot be trained with, found without its weights.
+
+    Raises:
+        ValueError: as `frozen_names`; experts whose rows torch's grouped matrix product does not take.
+    """
+    if not (model.frozen or any("expert" in name for name in config.get_text_config().to_dict())):
+        return  # to make a model takes its time
+    with torch.device("meta"), no_init_weights():
+        made = AutoModelForCausalLM.from_config(config)
+    if model.frozen:
+        frozen_names(made, model.frozen)
+    size = DTYPES[precision].itemsize
+    for name, parameter in made.named_parameters():
+        grouped = ".experts." in name and parameter.dim() == 3
+        if grouped and parameter.shape[-1] * size % 16 and made.config._experts_implementation == "grouped_mm":
+            raise ValueError(
+                f"{name} has rows of {parameter.shape[-1]} numbers, {parameter.shape[-1] * size} bytes in {precision}, "
+                f"but torch multiplies experts only where rows are a multiple of 16 bytes: make hidden_size and the "
+                f"experts' intermediate size multiples of {16 // size}"
+            )
 
 
 def decoder_layers(model: "PreTrainedModel") -> list[torch.nn.Module]:

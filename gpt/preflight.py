@@ -179,7 +179,7 @@ def _find(
         node=meeting.node,
         host=host_label(),
         asked_ranks=meeting.asked_ranks,
-        versions=package_versions() | {"torch": torch.__version__},
+        versions=package_versions(commit=meeting.local_rank == 0) | {"torch": torch.__version__},
         recipe=flatten(recipe.model_dump(mode="json")),
         problem=problem,
         data=data,
@@ -210,8 +210,12 @@ def _listening(meeting: Meeting) -> Iterator[str | None]:
         return
     with socket.socket(socket.AF_INET6 if address and ":" in address else socket.AF_INET) as listener:
         if address is not None:
-            listener.bind((address, 0))
-            listener.listen()
+            try:
+                listener.bind((address, 0))
+                listener.listen()
+            except OSError as error:
+                problem = f"it cannot listen at {address} (GLOO_SOCKET_IFNAME): {error.strerror}"
+                address = None
         meeting.tell("address", None if address is None else listener.getsockname(), of=meeting.node)
         there = meeting.hear("address", (meeting.node + 1) % meeting.nodes)
         if address is not None and there is not None:
@@ -254,19 +258,19 @@ def _probe_files(meeting: Meeting, run: Path) -> Iterator[str | None]:
     if meeting.local_rank != 0:
         yield None
         return
-    folder = _nearest_folder(run)
-    mine = folder / f".preflight-{meeting.node}-{os.getpid()}-{time.time_ns()}"
+    mine = run.with_name(f".preflight-{meeting.node}-{os.getpid()}-{time.time_ns()}")
     try:
         problem = None
         try:
+            mine = _nearest_folder(run) / mine.name
             mine.write_bytes(bytes(4096))  # a page: a full disk takes an empty file
         except OSError as error:
             problem = (
-                f"{folder} cannot be written to: {error.strerror}. Choose another runs_directory or make room there"
+                f"{mine.parent} cannot be written to: {error.strerror}. Choose another runs_directory or make room"
             )
         meeting.tell("file", None if problem is not None else str(mine), of=meeting.node)
         theirs = meeting.hear("file", 0)
-        if problem is None and theirs is not None and not Path(theirs).exists():
+        if problem is None and theirs is not None and not os.path.exists(theirs):
             problem = (
                 f"it does not see {theirs}, which host 0 wrote: runs_directory must be on a file system that all "
                 "hosts share"

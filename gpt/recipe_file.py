@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from gpt.recipe import Recipe, Section
+from gpt.recipe import Recipe
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 """The checkout: shipped recipes and DeepSpeed files are found here from any working directory."""
 
-AnySection = TypeVar("AnySection", bound=Section)
+AnySection = TypeVar("AnySection", bound=BaseModel)
 HUB_PREFIX = "hf://"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -73,6 +73,14 @@ def parse_section(section: type[AnySection], content: dict[str, Any], what: str)
     except ValidationError as error:
         problems = [_describe(problem, section) for problem in error.errors()]
         raise ValueError(f"{what}: " + "; ".join(dict.fromkeys(problems))) from None
+
+
+def load_section(section: type[AnySection], path: str, kind: str) -> AnySection:
+    """A YAML file of `section`'s keys, here or shipped. Raises FileNotFoundError, or ValueError with all problems."""
+    file = find_shipped_file(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{kind} file {path} does not exist")
+    return parse_section(section, read_mapping(file, kind), f"{kind} {path}")
 
 
 def find_shipped_file(path: str) -> Path:
@@ -137,7 +145,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: the recipe has no place {key}") from None
 
 
-def _describe(problem: Any, root: type[Section]) -> str:
+def _describe(problem: Any, root: type[BaseModel]) -> str:
     """One of pydantic's problems in words; for an unknown key with the nearest known one."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -153,11 +161,11 @@ def _describe(problem: Any, root: type[Section]) -> str:
     return f"{where}: {message}, got {problem['input']!r}"
 
 
-def _section_at(section: type[Section], location: tuple[int | str, ...]) -> type[Section]:
+def _section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
     """The section class that a location of pydantic's errors, from `section` on, points into."""
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
-            inner = [t for t in _leaf_types(section.model_fields[part].annotation) if issubclass(t, Section)]
+            inner = [t for t in _leaf_types(section.model_fields[part].annotation) if issubclass(t, BaseModel)]
             section = inner[0] if inner else section
     return section
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import xxhash
 
 from gpt.recipe import Recipe
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe, read_mapping
@@ -278,6 +279,13 @@ def claimed_from(run: Path, launcher: int) -> RunDirectory | None:
     return RunDirectory(run, generation) if mine else None
 
 
+def tokenizer_checksums(folder: Path) -> dict[str, str]:
+    """xxh3 of each file of a run's own tokenizer (the folder may be a whole model's): its event `tokenizer kept` has
+    them, and export compares them."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".jinja", ".txt", ".model")]
+    return {file.name: xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in files}
+
+
 def host_label() -> str:
     """How this host is named in what people read, and in file names: TRAINYARD_HOST, else its name."""
     return re.sub(r"[^\w.@:-]", "_", os.environ.get("TRAINYARD_HOST") or socket.gethostname())
@@ -304,8 +312,8 @@ def _is_running(pid: int, started: float) -> bool:
         return False
 
 
-def package_versions() -> dict[str, str | None]:
-    """Versions of what decides a run's numbers."""
+def package_versions(*, commit: bool = True) -> dict[str, str | None]:
+    """Versions of what decides a run's numbers; without `commit` git is not asked, which takes its time."""
     names = ("trainyard", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in names:
@@ -313,7 +321,7 @@ def package_versions() -> dict[str, str | None]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return versions | {"git_commit": _git_commit()}
+    return versions | {"git_commit": _git_commit() if commit else None}
 
 
 @functools.cache

@@ -1,7 +1,11 @@
-"""What a model scores on the questions of a task: multiple choice by likelihood, exact match by greedy answers."""
+"""What a model scores on the questions of a task: options and labels by likelihood, greedy answers by metrics."""
 
+import importlib.util
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -9,34 +13,80 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gpt.generate import PromptEncoder, Sampling, answer_batch, input_device
-from gpt.task import ExactMatch, MultipleChoice, Question, normalized
+from gpt.task import Answered, AnyTask, Classification, ExactMatch, Generation, MultipleChoice, Question, normalized
 
 TOKENS_PER_FORWARD = 1024
 """Of padded rows: their logits, with a vocabulary of 50,000, are 200 MB in fp32."""
 ROWS_PER_FORWARD = 8
 RESAMPLES = 1000
+LEAD_SENTENCES = 3
+LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge1": "rouge_score", "rouge2": "rouge_score"}
+LIBRARIES |= {"rougeL": "rouge_score"}
+NO_LABEL = -1
+"""The number of an answer that is none of the labels."""
 Progress = Callable[[int, int], None]
+Statistic = Callable[[np.ndarray], float]
+"""A score of the questions with these numbers; a number may stand there more than once."""
 
 
 @dataclass
 class Scored:
-    """What came out: `credits` has, under each score's name, what every question earned, 0 to 1."""
+    """What came out: each score's name and statistic, and those of answers that no model made, under their name."""
 
-    credits: dict[str, list[float]]
+    statistics: dict[str, Statistic]
     predictions: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Statistic]] = field(default_factory=dict)
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Each score's mean, and the ends of its 95 % bootstrap interval over the questions."""
-        return {name: _with_interval(np.array(values)) for name, values in self.credits.items()}
+        """Each score, and the ends of its 95 % bootstrap interval over the questions."""
+        return self._with_intervals(self.statistics)
+
+    def baseline_scores(self) -> dict[str, dict[str, dict[str, float]]]:
+        return {name: self._with_intervals(statistics) for name, statistics in self.baselines.items()}
+
+    def _with_intervals(self, statistics: dict[str, Statistic]) -> dict[str, dict[str, float]]:
+        return {name: _with_interval(statistic, len(self.predictions)) for name, statistic in statistics.items()}
 
 
-def _with_interval(values: np.ndarray) -> dict[str, float]:
+def _with_interval(statistic: Statistic, questions: int) -> dict[str, float]:
     """The percentile bootstrap (Efron 1979), always with the same draws."""
     draws = np.random.default_rng(0)
-    means = [values[draws.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+    values = [statistic(draws.integers(0, questions, questions)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {"value": statistic(np.arange(questions)), "low": float(low), "high": float(high)}
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> Statistic:
+    earned = np.array(values, dtype=np.float64)
+    return lambda chosen: float(earned[chosen].mean())
+
+
+def require_libraries(task: AnyTask) -> None:
+    """Raises ValueError where a library that the task's metrics need is not installed."""
+    metrics = task.metrics if isinstance(task, Generation) else []
+    wanted = {LIBRARIES[metric] for metric in metrics if metric in LIBRARIES}
+    wanted |= {"sklearn"} if isinstance(task, Classification) else set()
+    if missing := [name for name in sorted(wanted) if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"the task's metrics need {' and '.join(missing)}: install the extra tasks")
+
+
+def score(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: AnyTask,
+    questions: Sequence[Question],
+    progress: Progress | None = None,
+) -> Scored:
+    """What the model earns on all questions.
+
+    Raises ValueError for a question that the model has no positions for, or that its template refuses.
+    """
+    if isinstance(task, MultipleChoice):
+        return score_multiple_choice(model, tokenizer, task, questions, progress)
+    if isinstance(task, Classification):
+        return score_classification(model, tokenizer, task, questions, progress)
+    return score_answers(model, tokenizer, task, questions, progress)
 
 
 def score_multiple_choice(
@@ -48,8 +98,7 @@ def score_multiple_choice(
 ) -> Scored:
     """Compare the options' log-likelihoods, as they are (accuracy) and divided by the option's UTF-8 bytes
     (length_normalized_accuracy). Where several options share the first place, a right one among them earns its part.
-
-    Raises ValueError for a question that the model has no positions for, or that its template refuses.
+    Raises as `score`.
     """
     encoder = _encoder(model, tokenizer, task)
     encoded = [_encode_options(encoder, tokenizer, task, question) for question in questions]
@@ -58,6 +107,11 @@ def score_multiple_choice(
     plain, per_byte, predictions, ties = [], [], [], 0
     for question in questions:
         sums = np.array([next(likelihoods) for _ in question.options])
+        if np.isnan(sums).any():
+            raise ValueError(
+                f"{question.place}: the model's logits are not numbers (NaN): its weights are damaged or too large for "
+                "its dtype; try --dtype fp32"
+            )
         right = question.options.index(question.answers[0])
         sizes = np.array([len(option.encode()) for option in question.options])
         plain.append(_credit(sums, right))
@@ -74,18 +128,134 @@ def score_multiple_choice(
         )
     chance = float(np.mean([1 / len(question.options) for question in questions]))
     facts = {"as_chat": encoder.as_chat, "chance": chance, "ties": ties}
-    return Scored({"accuracy": plain, "length_normalized_accuracy": per_byte}, predictions, facts)
+    statistics = {"accuracy": _mean(plain), "length_normalized_accuracy": _mean(per_byte)}
+    return Scored(statistics, predictions, facts)
 
 
-def score_exact_match(
+def score_classification(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    task: ExactMatch,
+    task: Classification,
     questions: Sequence[Question],
     progress: Progress | None = None,
 ) -> Scored:
-    """Compare greedy answers with the right ones, both normalised. Raises as `score_multiple_choice`."""
+    """Accuracy, macro F1 and confusion matrix, beside those of the commonest label. Raises as `score`.
+
+    By likelihood a label is the whole answer, its closing token included where a chat template has one: a label that
+    goes on from another one would else never be the likelier.
+    """
+    generates = task.by == "generation"
+    encoder = _encoder(model, tokenizer, task, task.max_new_tokens if generates else 0)
+    details: list[dict[str, Any]]
+    if generates:
+        said = _greedy(model, tokenizer, task, encoder, questions, progress)
+        numbers = {normalized(label, task.normalize): number for number, label in enumerate(task.labels)}
+        found = [numbers.get(normalized(text, task.normalize), NO_LABEL) for text in said]
+        details = [{"said": text} for text in said]
+    else:
+        encoded = [_encode_options(encoder, tokenizer, task, question, encoder.closing) for question in questions]
+        _refuse_beginnings(task, encoded[0][0])
+        rows = [(ids, begin) for options, begin in encoded for ids in options]
+        sums = np.array(_log_likelihoods(model, rows, progress)).reshape(len(questions), len(task.labels))
+        found = sums.argmax(axis=1).tolist()
+        details = [{"log_likelihoods": dict(zip(task.labels, row, strict=True))} for row in sums.tolist()]
+    right = [task.labels.index(question.answers[0]) for question in questions]
+    named = {NO_LABEL: None} | dict(enumerate(task.labels))
+    predictions = [
+        {
+            "place": question.place,
+            "prompt": question.prompt,
+            "answer": question.answers[0],
+            "prediction": named[number],
+            **detail,
+        }
+        for question, number, detail in zip(questions, found, details, strict=True)
+    ]
+    majority = Counter(right).most_common(1)[0][0]
+    facts = {
+        "as_chat": encoder.as_chat,
+        "by": task.by,
+        "majority_label": task.labels[majority],
+        "confusion_matrix": _confusion(task.labels, right, found),
+    }
+    commonest = {"majority_label": _class_statistics(right, [majority] * len(right))}
+    return Scored(_class_statistics(right, found), predictions, facts, commonest)
+
+
+def _refuse_beginnings(task: Classification, rows: Sequence[Sequence[int]]) -> None:
+    for label, row in zip(task.labels, rows, strict=True):
+        for other, longer in zip(task.labels, rows, strict=True):
+            if row is not longer and longer[: len(row)] == row:
+                raise ValueError(
+                    f"the label {label!r} is the beginning of {other!r}, and nothing closes an answer in a text, so "
+                    "the longer one could never be the likelier: rename one, or score by generation"
+                )
+
+
+def _class_statistics(right: Sequence[int], found: Sequence[int]) -> dict[str, Statistic]:
+    """Macro F1 is the mean over the labels that are a right answer or a prediction (scikit-learn's default)."""
+    from sklearn.metrics import f1_score
+
+    answers, predictions = np.array(right), np.array(found)
+
+    def macro_f1(chosen: np.ndarray) -> float:
+        labels = np.union1d(answers[chosen], predictions[chosen])
+        labels = labels[labels != NO_LABEL]
+        return float(f1_score(answers[chosen], predictions[chosen], labels=labels, average="macro", zero_division=0))
+
+    return {"accuracy": _mean(answers == predictions), "macro_f1": macro_f1}
+
+
+def _confusion(labels: Sequence[str], right: Sequence[int], found: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Of each right label, how often each label was the prediction, or none of them."""
+    from sklearn.metrics import confusion_matrix
+
+    numbers, names = list(range(len(labels))), list(labels)
+    if NO_LABEL in found:
+        numbers, names = [*numbers, NO_LABEL], [*names, "(none)"]
+    counts = confusion_matrix(right, found, labels=numbers).tolist()
+    return {label: dict(zip(names, row, strict=True)) for label, row in zip(labels, counts, strict=False)}
+
+
+def score_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: ExactMatch | Generation,
+    questions: Sequence[Question],
+    progress: Progress | None = None,
+) -> Scored:
+    """Greedy answers by the task's metrics, and the lead where the task has one. Raises as `score`."""
     encoder = _encoder(model, tokenizer, task, task.max_new_tokens)
+    answers = _greedy(model, tokenizer, task, encoder, questions, progress)
+    predictions: list[dict[str, Any]] = []
+    for question, answer in zip(questions, answers, strict=True):
+        predictions.append(
+            {
+                "place": question.place,
+                "prompt": question.prompt,
+                "answers": question.answers,
+                "prediction": answer,
+                "right": _is_right(task, question, answer),
+            }
+        )
+    baselines = {}
+    if isinstance(task, Generation) and task.lead is not None:
+        leads = [" ".join(re.split(r"(?<=[.!?])\s+", q.lead.strip())[:LEAD_SENTENCES]) for q in questions]
+        baselines["lead"] = _answer_statistics(task, questions, leads)
+    return Scored(
+        _answer_statistics(task, questions, answers), predictions, {"as_chat": encoder.as_chat}, baselines=baselines
+    )
+
+
+def _greedy(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Answered,
+    encoder: PromptEncoder,
+    questions: Sequence[Question],
+    progress: Progress | None,
+) -> list[str]:
+    """The most likely answer to each question, cut off at `stop`."""
     encoded = [_at(question, encoder.encode, _prompt(encoder, question)) for question in questions]
     sampling = Sampling(task.max_new_tokens)
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
@@ -97,20 +267,43 @@ def score_exact_match(
         answers |= {i: _cut(answer["text"], task.stop) for i, answer in zip(batch, made, strict=True)}
         if progress is not None:
             progress(len(answers), len(questions))
-    credits, predictions = [], []
-    for number, question in enumerate(questions):
-        right = {normalized(answer, task.normalize) for answer in question.answers}
-        credits.append(float(normalized(answers[number], task.normalize) in right))
-        predictions.append(
-            {
-                "place": question.place,
-                "prompt": question.prompt,
-                "answers": question.answers,
-                "prediction": answers[number],
-                "right": credits[-1] == 1,
-            }
-        )
-    return Scored({"exact_match": credits}, predictions, {"as_chat": encoder.as_chat})
+    return [answers[number] for number in range(len(questions))]
+
+
+def _is_right(task: Answered, question: Question, answer: str) -> bool:
+    return normalized(answer, task.normalize) in {normalized(right, task.normalize) for right in question.answers}
+
+
+def _answer_statistics(
+    task: ExactMatch | Generation, questions: Sequence[Question], answers: Sequence[str]
+) -> dict[str, Statistic]:
+    found: dict[str, Statistic] = {}
+    for metric in task.metrics if isinstance(task, Generation) else ["exact_match"]:
+        if metric == "exact_match":
+            found[metric] = _mean([_is_right(task, q, answer) for q, answer in zip(questions, answers, strict=True)])
+        elif metric in ("bleu", "chrf"):
+            found[metric] = _corpus_statistic(metric, questions, answers)
+        else:
+            from rouge_score.rouge_scorer import RougeScorer
+
+            scorer = RougeScorer([metric])
+            found[metric] = _mean(
+                [
+                    scorer.score_multi(question.answers, answer)[metric].fmeasure
+                    for question, answer in zip(questions, answers, strict=True)
+                ]
+            )
+    return found
+
+
+def _corpus_statistic(metric: str, questions: Sequence[Question], answers: Sequence[str]) -> Statistic:
+    """Of a metric whose counts are added up over the questions before it is computed; sacrebleu resamples alike."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    scorer = BLEU() if metric == "bleu" else CHRF()
+    references = list(zip_longest(*(question.answers for question in questions)))  # as many as any question has
+    counts = np.array(scorer._extract_corpus_statistics(answers, references))
+    return lambda chosen: float(scorer._compute_score_from_stats(counts[chosen].sum(axis=0).tolist()).score)
 
 
 def _encoder(model: Any, tokenizer: PreTrainedTokenizerBase, task: Any, new_tokens: int = 0) -> PromptEncoder:
@@ -136,9 +329,13 @@ def _at(question: Question, function: Callable[..., Any], *arguments: Any) -> An
 
 
 def _encode_options(
-    encoder: PromptEncoder, tokenizer: Any, task: MultipleChoice, question: Question
+    encoder: PromptEncoder,
+    tokenizer: Any,
+    task: MultipleChoice | Classification,
+    question: Question,
+    closing: Sequence[int] = (),
 ) -> tuple[list[list[int]], int]:
-    """The token ids of the prompt with each option behind it, and how many at their beginning are not scored.
+    """The token ids of the prompt with each option and `closing` behind it, and how many of the first are not scored.
 
     Prompt and option are tokenised as one text, since that is how such a text is trained on: the token at the border
     may belong to both. Not scored are the tokens that all these texts share and that lie wholly within the prompt, so
@@ -152,14 +349,14 @@ def _encode_options(
         found = tokenizer(
             text + separator + option, add_special_tokens=not encoder.as_chat, return_offsets_mapping=True
         )
-        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+        ids, ends = [*found["input_ids"], *closing], [end for _, end in found["offset_mapping"]]
         if encoder.positions is not None and len(ids) > encoder.positions:
             raise ValueError(
                 f"{question.place}: prompt and option have {len(ids)} tokens, but the model has {encoder.positions} "
                 "positions; shorten them"
             )
         options.append(ids)
-        within.append(next((i for i, end in enumerate(ends) if end > len(text)), len(ids)))
+        within.append(next((i for i, end in enumerate(ends) if end > len(text)), len(ends)))
     columns = enumerate(zip(*options, strict=False))
     begin = min(*within, next((i for i, tokens in columns if len(set(tokens)) > 1), min(map(len, options))))
     if begin == 0:

@@ -4,6 +4,7 @@ Its own command would also load and unload whatever model a request names, from 
 """
 
 import hmac
+from inspect import signature
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -18,6 +19,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+LONGEST_ANSWER_TOKENS = 16_384
 
 
 def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str | None) -> ASGIApp:
@@ -27,8 +29,8 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     unused: Any = None  # handlers of paths that the gate does not let through
     app = build_server(
         manager,
-        ChatCompletionHandler(manager, state),
-        completion_handler=CompletionHandler(manager, state),
+        _Chats(manager, state),
+        completion_handler=_Completions(manager, state),
         response_handler=unused,
         transcription_handler=unused,
         systemone_handler=unused,
@@ -46,6 +48,32 @@ def _sample_as_asked(config: GenerationConfig | None) -> None:
     """
     if config is not None and not config.do_sample:
         config.do_sample, config.temperature, config.top_p, config.top_k = True, 1.0, 1.0, 0
+
+
+def _check_request(body: dict[str, Any]) -> None:
+    """Refuse what transformers adds to OpenAI's interface and what takes the model's own settings away: its end tokens
+    and its template, or lets one request search with a thousand beams."""
+    if body.get("generation_config") is not None:
+        raise HTTPException(400, "generation_config is not taken; use temperature, top_p, max_tokens, seed and stop.")
+    given = body.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        raise HTTPException(400, "chat_template_kwargs must be an object of the template's own variables.")
+    if taken := sorted(given.keys() & signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()):
+        raise HTTPException(
+            400, f"chat_template_kwargs is for the template's own variables, not for {', '.join(taken)}."
+        )
+
+
+class _Chats(ChatCompletionHandler):
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request(body)
+        _check_request(body)
+
+
+class _Completions(CompletionHandler):
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request(body)
+        _check_request(body)
 
 
 class _OneModel(ModelManager):
@@ -89,17 +117,20 @@ class _BoundedManager(GenerateManager):
 
 
 def _bound(model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> None:
-    """Limit the new tokens to the positions that are left; the answer's finish_reason then says "length"."""
+    """Limit the new tokens to the positions that are left, or to LONGEST_ANSWER_TOKENS of a model that has no end of
+    them; the answer's finish_reason then says "length"."""
     tokens = inputs["input_ids"].shape[-1]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if tokens == 0:
         raise HTTPException(400, "The prompt is empty; give at least one character to continue from.")
-    if positions is not None:
-        if tokens >= positions:
-            raise HTTPException(
-                400, f"The prompt has {tokens} tokens, but the model has {positions} positions; shorten it."
-            )
-        config.max_new_tokens = min(config.max_new_tokens or positions, positions - tokens)
+    if positions is not None and tokens >= positions:
+        raise HTTPException(
+            400, f"The prompt has {tokens} tokens, but the model has {positions} positions; shorten it."
+        )
+    if config.max_new_tokens is not None and config.max_new_tokens < 1:
+        raise HTTPException(400, f"max_tokens is {config.max_new_tokens}; it must be at least 1.")
+    limit = LONGEST_ANSWER_TOKENS if positions is None else positions - tokens
+    config.max_new_tokens = min(config.max_new_tokens or limit, limit)
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from gpt.generate import read_rows
 from gpt.recipe import PositiveInt, Section
@@ -24,6 +24,7 @@ def _template(text: str) -> str:
 
 
 Template = Annotated[str, AfterValidator(_template)]
+Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
 
 
 class Task(Section):
@@ -56,11 +57,9 @@ class MultipleChoice(Task):
     """What stands between prompt and option. null: a space, or nothing where the prompt is a message."""
 
 
-class ExactMatch(Task):
-    """The greedy answer is compared with the right ones."""
+class Answered(Task):
+    """What the kinds have in which the model answers, always with the most likely token."""
 
-    kind: Literal["exact_match"]
-    """The model answers, always with the most likely token; the answer must equal a right one."""
     answer: str
     """The field that holds the right answer, or a list of right answers."""
     max_new_tokens: PositiveInt = 32
@@ -72,24 +71,70 @@ class ExactMatch(Task):
     case, no ASCII punctuation, none of the words a, an and the (as SQuAD's own script, arXiv:1606.05250)."""
 
 
-KINDS: dict[str, type[MultipleChoice] | type[ExactMatch]] = {
+class ExactMatch(Answered):
+    """The greedy answer is compared with the right ones."""
+
+    kind: Literal["exact_match"]
+    """The model answers, always with the most likely token; the answer must equal a right one."""
+
+
+class Generation(Answered):
+    """The greedy answer is measured against the right ones: translation, summaries, chat."""
+
+    kind: Literal["generation"]
+    """The model answers, always with the most likely token; metrics say how near the answer is to the right ones."""
+    metrics: Annotated[list[Metric], Field(min_length=1)]
+    """bleu and chrf (sacrebleu, of all answers together, 0 to 100), rouge1, rouge2 and rougeL (rouge-score, F1, mean of
+    the best against a right answer), exact_match (as that kind)."""
+    lead: str | None = None
+    """The field of whose text the first three sentences are measured beside the model, as summaries are."""
+
+
+class Classification(Answered):
+    """Each line has one of the same labels."""
+
+    kind: Literal["classification"]
+    """Each line has one of the same labels; accuracy, macro F1 and confusion matrix are counted."""
+    labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
+    """All labels, as the model is to say them."""
+    answer: str
+    """The field that holds the right label: its text, else its number, counted from 0."""
+    by: Literal["likelihood", "generation"] = "likelihood"
+    """likelihood: the label that is most likely as the whole answer. generation: what the model says, which must equal
+    a label."""
+    separator: str | None = None
+    """As of multiple_choice, for likelihood."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> "Classification":
+        seen = [normalized(label, self.normalize) for label in self.labels]
+        if "" in seen or len(set(seen)) < len(seen):
+            raise ValueError(f"labels must not be empty, nor equal after normalize; they are {self.labels}")
+        return self
+
+
+AnyTask = MultipleChoice | ExactMatch | Generation | Classification
+KINDS: dict[str, type[AnyTask]] = {
     "multiple_choice": MultipleChoice,
     "exact_match": ExactMatch,
+    "generation": Generation,
+    "classification": Classification,
 }
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the data. Of multiple choice, `options` are all and `answers` the right one; else no options."""
+    """One line of the data. Where the model chooses, `options` are all and `answers` the right one; else no options."""
 
     place: str
     prompt: str
     system: str | None
     answers: list[str]
     options: list[str]
+    lead: str = ""
 
 
-def load_task(file: Path) -> tuple[MultipleChoice | ExactMatch, list[Question]]:
+def load_task(file: Path) -> tuple[AnyTask, list[Question]]:
     """A task and its questions.
 
     Raises FileNotFoundError or ValueError with all problems of the task's file, or with the first bad line of its data.
@@ -110,8 +155,13 @@ def load_task(file: Path) -> tuple[MultipleChoice | ExactMatch, list[Question]]:
         prompt = _fill(task.prompt, row)
         if not prompt.strip():
             raise ValueError("the prompt is empty")
-        options, answers = _choices(task, row) if isinstance(task, MultipleChoice) else ([], _answers(task, row))
-        return Question(place, prompt, None if task.system is None else _fill(task.system, row), answers, options)
+        if isinstance(task, MultipleChoice | Classification):
+            options, answers = _choices(task, row)
+        else:
+            options, answers = [], _answers(task, row)
+        system = None if task.system is None else _fill(task.system, row)
+        lead = getattr(task, "lead", None)
+        return Question(place, prompt, system, answers, options, _text(lead, _value(lead, row)) if lead else "")
 
     return task, read_rows(data, parse)
 
@@ -135,9 +185,13 @@ def _fill(template: str, row: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _choices(task: MultipleChoice, row: dict[str, Any]) -> tuple[list[str], list[str]]:
+def _choices(task: MultipleChoice | Classification, row: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(options, the right one)"""
-    if isinstance(task.options, str):
+    if isinstance(task, Classification):
+        options = task.labels
+        if (label := _text(task.answer, _value(task.answer, row))) in options:
+            return options, [label]
+    elif isinstance(task.options, str):
         found = _value(task.options, row)
         if not isinstance(found, list):
             raise ValueError(f"the field {task.options} holds {type(found).__name__}, not a list of options")
@@ -160,7 +214,7 @@ def _choices(task: MultipleChoice, row: dict[str, Any]) -> tuple[list[str], list
     return options, [str(answer)]
 
 
-def _answers(task: ExactMatch, row: dict[str, Any]) -> list[str]:
+def _answers(task: Answered, row: dict[str, Any]) -> list[str]:
     found = _value(task.answer, row)
     answers = [_text(task.answer, value) for value in (found if isinstance(found, list) else [found])]
     if not answers or not all(normalized(answer, task.normalize) for answer in answers):

@@ -5,8 +5,8 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,11 +22,18 @@ from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenize
 from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
-from gpt.model import build_config, check_frozen
+from gpt.model import build_config, check_weights
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
-from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_recipes, stored_recipe
+from gpt.run_directory import (
+    InUseError,
+    NotMetError,
+    SupersededError,
+    compare_recipes,
+    stored_recipe,
+    tokenizer_checksums,
+)
 from gpt.stop_requests import StopRequests
 
 if TYPE_CHECKING:  # takes two seconds, which a launcher that only checks a recipe need not wait
@@ -86,9 +93,13 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
                 f"{name} was prepared with another tokenizer than {recipe.tokenizer} (or that one changed since): "
                 f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the one it was prepared with"
             )
+    if validation is not None and recipe.evaluate.metric == "bits_per_byte" and token_byte_lengths(tokenizer) is None:
+        raise ValueError(
+            f"evaluate.metric bits_per_byte is never computed with {recipe.tokenizer}: the bytes of its tokens are "
+            "unknown; choose loss"
+        )
     config = build_config(recipe.model, tokenizer, length)
-    if recipe.model.frozen:
-        check_frozen(recipe.model, config)
+    check_weights(recipe.model, config, recipe.precision)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
     deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)
@@ -211,14 +222,26 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
     if refusal is not None:
         raise InUseError(refusal)
     interval = heartbeat_interval(faults.hang_seconds, faults.stale_seconds)
-    heartbeat = Heartbeat(recipe.run_directory(), generation, ranks.rank, interval)
-    try:
-        plan = replace(plan, changes=changes_since(recipe))  # another start may have come and gone before the claim
-        stopped_at = _run_claimed(plan, ranks, owner, heartbeat, stop_requested)
-    finally:
-        heartbeat.end()
+    with _failures_of_the_system():
+        heartbeat = Heartbeat(recipe.run_directory(), generation, ranks.rank, interval)
+        try:
+            plan = replace(plan, changes=changes_since(recipe))  # another start may have come and gone before the claim
+            stopped_at = _run_claimed(plan, ranks, owner, heartbeat, stop_requested)
+        finally:
+            heartbeat.end()
     distributed.stop()
     return stopped_at
+
+
+@contextmanager
+def _failures_of_the_system() -> Iterator[None]:
+    """What the file system or the network does to a run that has begun is no refusal: another start may go better."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and not isinstance(error, ConnectionError | TimeoutError):
+            raise  # a sentence, of our own or transformers': data or weights that are not there
+        raise RuntimeError(f"the system failed the run: {error}") from error
 
 
 def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, list[Any]]:
@@ -236,6 +259,9 @@ def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, li
             needs = _needs(plan, meeting.world_size)
     except (ValueError, OSError) as error:
         problem = str(error)
+    except Exception as error:  # the other ranks would wait for this one
+        traceback.print_exc()
+        problem = f"{type(error).__name__}: {error}"
     return plan, preflight.check_before(meeting, recipe, problem, data, needs)
 
 
@@ -355,7 +381,8 @@ def _fit(trainer: Any) -> None:
     if trainer.owner is not None and trainer.metrics is not None:
         trainer.metrics.close()
         if trainer.stopped_at is None:
-            trainer.owner.write_event("end", step=trainer.schedule.total_steps)
+            why = {"reason": trainer.ended_early} if trainer.ended_early is not None else {}
+            trainer.owner.write_event("end", step=trainer.last_step, **why)
 
 
 def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrainedModel", int, Callable[[], Any]]:
@@ -432,6 +459,7 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
         partial = owner.path / ".tokenizer.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(recipe.tokenizer, partial)
+        owner.write_event("tokenizer kept", xxh3=tokenizer_checksums(partial))
         partial.rename(owner.path / "tokenizer")
     what = {"host": environment["host"], "world_size": world_size, "pid": os.getpid()}
     what |= {"total_steps": plan.schedule.total_steps}

@@ -57,12 +57,18 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="Column or field that holds the text.")] = "text",
     prompt_field: Annotated[str, typer.Option(help="Column of the user's message (chat).")] = "prompt",
     response_field: Annotated[str, typer.Option(help="Column of the assistant's message (chat).")] = "response",
+    template: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="How a row of a table becomes a prompt and its response.")
+    ] = None,
     delimiter: Annotated[str | None, typer.Option(help="CSV delimiter; found from the header if not given.")] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
     skip_bad_rows: Annotated[bool, typer.Option(help="Count bad rows in the report instead of stopping.")] = False,
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents kept for validation.")] = 0.01,
     validation_input: Annotated[
         list[str] | None, typer.Option(help="Files kept for validation instead of a share; may be repeated.")
+    ] = None,
+    rules: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Cleaning rules; data_pipeline/default_rules.yaml is shipped.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
@@ -82,7 +88,11 @@ def prepare(
     """
     from data_pipeline.prepare import PrepareOptions, parse_task
     from data_pipeline.prepare import prepare as run_prepare
+    from data_pipeline.report import summarize
+    from data_pipeline.rules import Rules
     from data_pipeline.sources import ReadOptions
+    from data_pipeline.templates import load_template
+    from gpt.recipe_file import load_section
     from launch.environment import usable_cores
 
     delimiter = "\t" if delimiter == "\\t" else delimiter  # a shell passes the two characters
@@ -92,9 +102,20 @@ def prepare(
         tokenizer=tokenizer,
         train_vocabulary=train_tokenizer,
         tokenizer_sample_bytes=tokenizer_sample_bytes,
-        read=ReadOptions(format, text_field, prompt_field, response_field, delimiter, encoding, skip_bad_rows),
+        read=ReadOptions(
+            format=format,
+            text_field=text_field,
+            prompt_field=prompt_field,
+            response_field=response_field,
+            delimiter=delimiter,
+            encoding=encoding,
+            skip_bad_rows=skip_bad_rows,
+            template=None if template is None else load_template(template),
+        ),
         validation_fraction=validation_fraction,
         validation_inputs=validation_input or [],
+        rules=None if rules is None else load_section(Rules, rules, "rules"),
+        rules_file=rules or "",
         seed=seed,
         workers=workers or usable_cores(),
         task=None if task is None else parse_task(task),
@@ -105,9 +126,7 @@ def prepare(
             report = run_prepare(options, progress)
         answer(report)
         if not as_json:
-            keys = ("kind", "tokenizer", "splits", "duplicates", "empty_documents", "skipped_rows", "cut_short", "task")
-            shown = {key: report[key] for key in (*keys, "units", "units_done", "reused", "run") if key in report}
-            print_values(shown | ({"report": str(out / "report.json")} if "splits" in report else {}))
+            print_values(summarize(report) | ({"report": str(out / "report.html")} if "splits" in report else {}))
 
 
 @app.command()
@@ -198,6 +217,9 @@ def train(
     if fork is not None:
         resolved = fork_recipe(resolved, fork)
     # after the recipe is known to be good: these take seconds
+    from launch.environment import import_torch_quietly
+
+    import_torch_quietly()
     from gpt.train import check
     from launch.hub import fetch
     from launch.local import default_processes, run_workers
@@ -237,6 +259,9 @@ def preflight(
 
     with answering(as_json) as answer:
         resolved = load_recipe(recipe, overrides or [])
+        from launch.environment import import_torch_quietly
+
+        import_torch_quietly()
         from launch.preflight import print_report, run_preflight
 
         report = run_preflight(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
@@ -248,8 +273,8 @@ def preflight(
 
 
 def _stop_before_start(number: int, frame: Any) -> None:
-    print(f"trainyard: {signal.Signals(number).name}: stopped before the workers were started", file=sys.stderr)
-    sys.stderr.flush()
+    # not print, which refuses to run inside another print
+    os.write(2, f"trainyard: {signal.Signals(number).name}: stopped before the workers were started\n".encode())
     os._exit(85)
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 import xxhash
 
-from gpt.run_directory import CHOSEN_VARIABLES
-
 MIB = 2**20
 LEFTOVER_SECONDS = 24 * 3600.0
+LONGEST_BUILD_SECONDS = 3600.0
+TORCH_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 # glibc returns the large temporary tensors of each step to the kernel and faults their pages in again at the next.
 # A 7 M parameter Llama, bf16, 8 x 512 tokens, one thread: 2,369 tokens/s and 870,000 page faults without these
@@ -45,8 +45,21 @@ def worker_environment(processes: int) -> dict[str, str]:
     return _noted(settings)
 
 
+def import_torch_quietly() -> None:
+    """Import torch so that its C++ code prints errors only: the store by which launchers meet would warn of each host
+    that has ended, with a stack trace. torch reads the variable once; the workers do not inherit it."""
+    before = os.environ.get(TORCH_LOG_LEVEL)
+    os.environ.setdefault(TORCH_LOG_LEVEL, "ERROR")
+    import torch  # noqa: F401
+
+    if before is None:
+        del os.environ[TORCH_LOG_LEVEL]
+
+
 def _noted(settings: dict[str, str]) -> dict[str, str]:
     """With the names of all that Trainyard has set so far, for environment.json."""
+    from gpt.run_directory import CHOSEN_VARIABLES  # with the recipe's types: `prepare` only asks for cores
+
     return settings | {CHOSEN_VARIABLES: " ".join([*os.environ.get(CHOSEN_VARIABLES, "").split(), *settings])}
 
 
@@ -148,15 +161,21 @@ def own_extensions(shared: Path) -> Iterator[Path]:
     """
     own = shared.with_name(f"{shared.name}.job{os.environ['SLURM_JOB_ID']}-{os.getpid()}")
     for left in shared.parent.glob(f"{shared.name}.job*"):
-        if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:  # a kill's; a living job has long loaded its own
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its job ended at this moment
+            if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:  # a kill's; a living job has long loaded its own
+                shutil.rmtree(left, ignore_errors=True)
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
     shared.mkdir(parents=True, exist_ok=True)
     for extension in _built(shared):
-        shutil.copytree(extension, own / extension.name)  # with times, by which ninja sees that nothing is to be done
-        if (extension / "lock").exists():  # it is being built anew: the copy may be half of the one and of the other
-            shutil.rmtree(own / extension.name)
+        whole = False
+        with contextlib.suppress(OSError):  # shutil.Error is one: a file went away, since it is being built anew
+            shutil.copytree(
+                extension, own / extension.name
+            )  # with times, by which ninja sees that nothing is to be done
+            whole = not (extension / "lock").exists()  # else the copy may be half of the one and of the other
+        if not whole:
+            shutil.rmtree(own / extension.name, ignore_errors=True)
     try:
         yield own
     finally:
@@ -193,19 +212,22 @@ def clear_stale_build_locks(folder: Path) -> list[Path]:
 
 
 def stale_build_locks(folder: Path) -> list[Path]:
-    """Build locks that no live process of this host holds.
+    """Build locks that no live process holds.
 
     torch marks a build by the existence of `<extension>/lock`, which the builder keeps open, and waits for its removal
     without end (torch/utils/file_baton.py): a builder that was killed blocks every later start. A lock that a live
-    process holds is none: torch waits for it. Where there is no /proc, none is found.
+    process holds is none: torch waits for it. Where there is no /proc, none is found. In a folder that the user has
+    chosen other hosts may build, too: there a lock is stale when it is older than any build.
     """
+    own = folder.is_relative_to(cache_directory())
     locks = sorted(folder.glob("*/lock")) if Path("/proc/self/fd").is_dir() else []
     held = set(_open_files()) if locks else set()
     stale = []
     for lock in locks:
         with contextlib.suppress(FileNotFoundError):  # its builder finished meanwhile
             status = lock.stat()
-            if stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in held:
+            old = own or time.time() - status.st_mtime > LONGEST_BUILD_SECONDS
+            if old and stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in held:
                 stale.append(lock)
     return stale
 

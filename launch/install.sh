@@ -34,6 +34,8 @@ check_prerequisites() {
 install_trainyard() {
   local python stamp=.venv/trainyard-installed wanted install
   check_prerequisites
+  # Where PYTHONDONTWRITEBYTECODE is set, as in many images, each process would compile the checkout's modules anew.
+  "$python" -m compileall -q gpt launch data_pipeline >/dev/null || true
   wanted="$(cat pyproject.toml constraints.txt | cksum)"
   if [ -x .venv/bin/trainyard ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     return

@@ -21,7 +21,7 @@ from typing import Any
 
 from gpt.checkpoint.format import list_checkpoints
 from gpt.recipe_file import load_recipe
-from gpt.run_directory import InUseError, RunDirectory, json_lines, newest_generation
+from gpt.run_directory import InUseError, RunDirectory, SupersededError, json_lines, newest_generation
 from gpt.stop_requests import REQUEST_NAME, STOPPED_EXIT_CODE
 from launch.log_folder import OUTCOME_NAME
 from launch.slurm_record import parse_job
@@ -97,7 +97,9 @@ class Job:
     def note(self, event: str, **details: Any) -> None:
         """Add an event of this job to events.jsonl, in the name of the newest start."""
         what = {"job": self.id, "restart": self.restart, "recipe": str(self.recipe), **details}
-        RunDirectory(self.run, newest_generation(self.run)).note_event(event, **what)
+        while True:
+            with contextlib.suppress(SupersededError):  # another start came at this moment: in its name, then
+                return RunDirectory(self.run, newest_generation(self.run)).note_event(event, **what)
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         return RunDirectory(self.run).events(*kinds)
@@ -249,7 +251,7 @@ class _Launchers:
         if self._asked:
             return
         self._asked = True
-        print(f"trainyard: {why}: asking the launchers to stop", flush=True)
+        os.write(1, f"trainyard: {why}: asking the launchers to stop\n".encode())  # a signal may have cut a print short
         if self._srun is not None:
             self._srun.send_signal(signal.SIGUSR1)  # nothing where it has ended
 

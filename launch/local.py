@@ -196,7 +196,7 @@ def _record(recipe: "Recipe", logs: Path, event: str, **details: Any) -> None:
     steps = [beat.step for beat in read_beats(run, newest_generation(run)).values() if beat.launcher == os.getpid()]
     details = {"host": host_label(), "file": f"logs/{logs.name}", **details, "step": max(steps, default=None)}
     with contextlib.suppress(OSError):  # the file system may be what failed
-        with contextlib.suppress(SupersededError):
+        with contextlib.suppress(SupersededError, ValueError):  # a damaged claim is nobody's
             if owner := claimed_from(run, os.getpid()):
                 owner.write_event(event, **details)
                 return
@@ -312,12 +312,11 @@ def _stop_signals() -> Iterator[_Stop]:
             first = time.monotonic()
             if stop.directory is not None:
                 (stop.directory / REQUEST_NAME).touch()
-            print(
+            text = (
                 f"\ntrainyard: {received[0].name}: stopping after the present step, with a checkpoint; a second "
-                f"{'signal' if ends_at_once(signal.SIGTERM) else 'Ctrl-C'} ends at once",
-                file=sys.stderr,
-                flush=True,
+                f"{'signal' if ends_at_once(signal.SIGTERM) else 'Ctrl-C'} ends at once\n"
             )
+            os.write(2, text.encode())  # not print, which refuses to run inside another print
         elif time.monotonic() - first > SAME_REQUEST_SECONDS and ends_at_once(number):
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_IGN)  # a third one must not interrupt the end and leave workers behind

@@ -35,6 +35,9 @@ def evaluate(
     lm_eval: Annotated[
         Path | None, typer.Option(help="Task file of lm-evaluation-harness, or a folder of them (extra eval).")
     ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="With --task: the model whose scores are given beside.")
+    ] = None,
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="With --task: gets a line for each question.")
     ] = None,
@@ -55,8 +58,8 @@ def evaluate(
 
     Example: `trainyard evaluate runs/quickstart-pretrain --data data/shakespeare/validation --json`
     """
-    if [data, task, lm_eval].count(None) != 2 or (predictions is not None and task is None):
-        raise typer.BadParameter("give one of --data, --task (which --predictions belongs to) and --lm-eval")
+    if [data, task, lm_eval].count(None) != 2 or (task is None and (predictions or baseline)):
+        raise typer.BadParameter("give one of --data, --task (which --predictions and --baseline belong to), --lm-eval")
     if data is None and (sequences is not None or sequence_length is not None or encoding != "utf-8"):
         raise typer.BadParameter("--sequences, --sequence-length and --encoding belong to --data")
     from gpt import evaluate as run
@@ -71,7 +74,9 @@ def evaluate(
                     source, data, text_encoding=encoding, loading=loading, progress=progress, **how
                 )
             elif task is not None:
-                result = run.evaluate_task(source, task, loading=loading, predictions=predictions, progress=progress)
+                result = run.evaluate_task(
+                    source, task, baseline=baseline, loading=loading, predictions=predictions, progress=progress
+                )
             elif lm_eval is not None:
                 result = run.evaluate_harness(source, lm_eval, loading=loading)
         answer(result)
@@ -83,6 +88,9 @@ def export(
     source: Annotated[Path, typer.Argument(help="Run directory, or a folder of DeepSpeed's own save_checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of the model to write; must not exist or be empty.")],
     step: Annotated[int | None, typer.Option(help="Step of a run's checkpoint; default: the newest.")] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Instead: the run's best checkpoint, by its recipe's evaluate.metric.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
@@ -115,8 +123,12 @@ def export(
     from gpt.export import export_deepspeed, export_run
 
     foreign = is_deepspeed_checkpoint(source)
-    if foreign and step is not None:
-        raise typer.BadParameter("--step is for runs; name the tag folder of a DeepSpeed checkpoint instead")
+    if best and step is not None:
+        raise typer.BadParameter("give --step or --best, not both")
+    if foreign and (best or step is not None):
+        raise typer.BadParameter(
+            "--step and --best are for runs; name the tag folder of a DeepSpeed checkpoint instead"
+        )
     if not foreign and (config or tokenizer or trust_pickle):
         raise typer.BadParameter("--config, --tokenizer and --trust-pickle are for DeepSpeed checkpoints")
     with answering(as_json) as answer:
@@ -127,7 +139,7 @@ def export(
                 given |= {"config": config, "tokenizer": tokenizer, "trust_pickle": trust_pickle}
                 report = export_deepspeed(source, out, **given)
             else:
-                report = export_run(source, out, step=step, describe_data=describe_origin, **given)
+                report = export_run(source, out, step=step, best=best, describe_data=describe_origin, **given)
         answer(report)
         if not as_json:
             print_values(report)
@@ -142,7 +154,9 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="With --prompts: gets each line with its answer.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: lines answered at once.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --prompts: lines answered at once; default: 8.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
@@ -161,6 +175,8 @@ def generate(
     """
     if (prompt is None) == (prompts is None) or (prompts is None) != (out is None):
         raise typer.BadParameter("give either --prompt, or --prompts with --out")
+    if prompt is not None and batch_size is not None:
+        raise typer.BadParameter("--batch-size is for --prompts; each --prompt is answered by itself")
     from gpt.generate import Loading, Sampling
     from gpt.generate import generate as run_generate
     from gpt.generate_file import generate_file
@@ -171,7 +187,7 @@ def generate(
         if prompts is not None and out is not None:
             with progress_bar("generate", in_bytes=False) as progress:
                 done = generate_file(
-                    model, prompts, out, sampling, system=system, batch_size=batch_size, progress=progress, **how
+                    model, prompts, out, sampling, system=system, batch_size=batch_size or 8, progress=progress, **how
                 )
             answer(done)
             if not as_json:

@@ -184,7 +184,7 @@ def _require_printable(value: str) -> None:
 
 
 def time_limit_seconds(text: str) -> int | None:
-    """Seconds of a time as Slurm writes it; None for no limit. Raises ValueError when it is none."""
+    """Seconds of a time as Slurm writes it; None for no limit, as of 0. Raises ValueError when it is none."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return None
     found = SLURM_TIME.fullmatch(text)
@@ -195,10 +195,10 @@ def time_limit_seconds(text: str) -> int | None:
         )
     days, hours, minutes, seconds, first, second, third = (None if n is None else int(n) for n in found.groups())
     if first is None:
-        return (((days or 0) * 24 + (hours or 0)) * 60 + (minutes or 0)) * 60 + (seconds or 0)
+        return ((((days or 0) * 24 + (hours or 0)) * 60 + (minutes or 0)) * 60 + (seconds or 0)) or None
     if third is None:
-        return first * 60 + (second or 0)
-    return (first * 60 + (second or 0)) * 60 + third
+        return (first * 60 + (second or 0)) or None
+    return ((first * 60 + (second or 0)) * 60 + third) or None
 
 
 def parse_bandwidth(text: str) -> float:
@@ -386,10 +386,11 @@ def require_sbatch() -> None:
 
 
 def _without_contradictions(script: str) -> dict[str, str]:
-    """The environment without those SBATCH_ variables that would win over the script's own lines."""
+    """The environment without those SBATCH_ variables that would win over the script's own lines, make an array of one
+    run, or wait for its end."""
     options = set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
-    options |= {"requeue", "no-requeue"}
-    named = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE"}
+    options |= {"requeue", "no-requeue", "array", "wait"}
+    named = {"array": "ARRAY_INX", "time": "TIMELIMIT", "mem": "MEM_PER_NODE"}
     variables = {"SBATCH_" + named.get(option, option.upper().replace("-", "_")) for option in options}
     return {name: value for name, value in os.environ.items() if name not in variables}
 

@@ -179,6 +179,11 @@ def _exception(facts: RunFacts, outcome: Event) -> Explanation:
     evidence = [_said(outcome), *_tail(facts, outcome.get("file", ""))]
     if re.search(r"OutOfMemoryError|can't allocate memory|MemoryError", outcome["reason"]):
         return Explanation("out of memory", f"Memory ran out: {outcome['reason']}.", MORE_MEMORY, evidence)
+    if re.search(r"No space left on device|Disk quota exceeded", outcome["reason"]):
+        return Explanation("disk", f"Its disk is full: {outcome['reason']}.", f"make room, then {GO_ON}", evidence)
+    if "the system failed the run" in outcome["reason"]:
+        todo = f"see whether its file systems and its network are well; then {GO_ON}"
+        return Explanation("file system or network", f"The system failed it: {outcome['reason']}.", todo, evidence)
     todo = f"read the whole traceback in {outcome.get('file')}; when its cause is gone, {GO_ON}"
     return Explanation("exception", f"A rank failed with an error of Python: {outcome['reason']}.", todo, evidence)
 

@@ -42,6 +42,7 @@ def test_a_start_is_refused_for_all_reasons_together(
     lock = tmp_path / "extensions" / "some_op" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
+    os.utime(lock, (1e9, 1e9))  # in a folder of the user's another host may build at this moment
     recipe = runs.write_recipe("refused", runs_directory=str(small_disk))
     variables = environment() | {"PYTHONPATH": another_torch(tmp_path, "os.environ.get('RANK') == '1'")}
     done = subprocess.run([*CLI, "train", str(recipe), "--processes", "2"], cwd=runs.folder, env=variables,

@@ -1,4 +1,4 @@
-"""The references of README.md, made from the docstrings: of the recipe, and of each kind of task.
+"""The references of README.md, made from the docstrings: of the recipe, each kind of task and the cleaning rules.
 
 `python tests/unit/recipe_reference.py` prints the Markdown; `--write` replaces the section of README.md by it.
 """
@@ -13,13 +13,14 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.recipe import Recipe, Section
+from data_pipeline.rules import Rules
+from gpt.recipe import Recipe
 from gpt.recipe_file import PROJECT_ROOT
 from gpt.task import KINDS
 
 BEGIN = "<!-- {} reference: written by `python tests/unit/recipe_reference.py --write` -->"
 END = "<!-- end of the {} reference -->"
-ROOTS: dict[str, type[Section]] = {"recipe": Recipe, **KINDS}
+ROOTS: dict[str, type[BaseModel]] = {"recipe": Recipe, **KINDS, "rules": Rules}
 """What the references are of, by the name in their markers."""
 TYPE_NAMES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", dict: "mapping"}
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
@@ -55,12 +56,12 @@ def replace_section(text: str, section: str, name: str = "recipe") -> str:
     return f"{before}{begin}\n{section}\n{end}{after}"
 
 
-def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """(dotted place, field) of every field; a section's own row stands before those of its fields."""
     for name, field in section.model_fields.items():
         place = f"{prefix}{name}"
         yield place, field
-        inner = [kind for kind in _kinds(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+        inner = [kind for kind in _kinds(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
         for kind in inner:
             yield from _fields(kind, f"{place}[]." if typing.get_origin(field.annotation) is list else f"{place}.")
 
@@ -85,7 +86,7 @@ def _values(field: FieldInfo) -> str:
             names += [f"`{json.dumps(value) if isinstance(value, bool) else value}`" for value in typing.get_args(kind)]
         elif kind is types.NoneType:
             names.append("null")
-        elif isinstance(kind, type) and issubclass(kind, Section):
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
             names.append("section")
         else:
             name = TYPE_NAMES[typing.get_origin(kind) or kind]
@@ -138,7 +139,7 @@ def _cell(text: str | None) -> str:
 
 def main() -> None:
     """Print the references, or write them into README.md."""
-    parser = argparse.ArgumentParser(description="The references, from the docstrings of gpt/recipe.py and gpt/task.py")
+    parser = argparse.ArgumentParser(description="The references, from the docstrings of their models")
     parser.add_argument("--write", action="store_true", help="replace the sections of README.md")
     if not parser.parse_args().write:
         print("\n\n".join(map(reference, ROOTS)))

@@ -161,7 +161,7 @@ def test_documents_in_both_splits_are_counted(tmp_path: Path, tokenizer_folder: 
     options.validation_inputs = [str(tmp_path / "b.jsonl")]
     report = prepare(options)
     assert report["duplicates"]["documents_in_both_splits"] == 1
-    assert report["empty_documents"] == 1
+    assert report["documents"]["empty"] == 1
     assert [file["documents_in"] for file in report["files"]] == [3, 2]
     assert [file["documents_kept"] for file in report["files"]] == [2, 2]
 
@@ -221,7 +221,7 @@ def test_a_killed_merge_is_done_again_with_the_units_as_they_are(tmp_path: Path,
         from pathlib import Path
         import data_pipeline.merge as module
         from data_pipeline.prepare import PrepareOptions, prepare
-        module._count_duplicates = lambda plan, records: os.kill(os.getpid(), signal.SIGKILL)
+        module.count_duplicates = lambda plan, hashes: os.kill(os.getpid(), signal.SIGKILL)
         prepare(PrepareOptions([{str(source)!r}], Path({str(tmp_path / "out")!r}),
             tokenizer=Path({str(tokenizer_folder)!r}), validation_fraction=0.1))
     """

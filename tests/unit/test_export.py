@@ -23,6 +23,7 @@ from gpt.export_check import end_tokens, expected_of
 from gpt.export_gate import _check_logits, check_folder, logit_tolerance
 from gpt.export_source import CheckpointWeights, run_tokenizer, source_of_run
 from gpt.export_weights import plan_tensors
+from gpt.run_directory import RunDirectory, tokenizer_checksums
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "bf16", {}),
@@ -455,6 +456,10 @@ def test_damaged_or_wrong_checkpoints_are_refused_and_leave_nothing(tmp_path: Pa
     write_checkpoint(run, make_model(), data_kind="chat")
     (run / "tokenizer" / "chat_template.jinja").write_text("{{ raise_exception('Never') }}")
     refused("chat template of .*tokenizer refuses a question with its answer: Never")
+    write_checkpoint(run, make_model(), data_kind="chat")
+    RunDirectory(run).write_event("tokenizer kept", xxh3=tokenizer_checksums(run / "tokenizer"))
+    (run / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    refused(r"chat_template.jinja in .*tokenizer changed since the run began")
     write_checkpoint(run, make_model(vocab_size=258))
     refused("has 260 tokens, but the model only 258")
 
@@ -497,3 +502,18 @@ def test_end_tokens_of_templates(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     assert end_tokens(tokenizer) == [256]
     assert hash_file(tmp_path / "tokenizer.json").size_bytes == (tmp_path / "tokenizer.json").stat().st_size
+
+
+@pytest.mark.usefixtures("in_process_gate")
+def test_two_exports_to_one_folder_do_not_meet(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", make_model())
+    second: list[str] = []
+
+    def export_again(done: int, total: int) -> None:
+        if not second:
+            with pytest.raises(ValueError, match=r"Another export to .*out is at work") as caught:
+                export_run(tmp_path / "run", tmp_path / "out")
+            second.append(str(caught.value))
+
+    export_run(tmp_path / "run", tmp_path / "out", progress=export_again)
+    assert second and report_of(tmp_path / "out")["passed"] and leftovers(tmp_path) == []

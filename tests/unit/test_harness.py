@@ -64,6 +64,9 @@ def test_its_accuracy_is_ours(
     (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\ntest_split: test\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"lm-evaluation-harness cannot load the tasks of .*bad.yaml \("):
         evaluate_harness(folder, tmp_path / "bad.yaml")
+    data.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[1] | {"answer": "none of them"}) + "\n")
+    with pytest.raises(ValueError, match=r"lm-evaluation-harness cannot evaluate the tasks of .*first.yaml \("):
+        evaluate_harness(folder, tmp_path / "tasks" / "first.yaml")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no task of lm-evaluation-harness"):
         evaluate_harness(folder, tmp_path / "empty")

@@ -109,6 +109,17 @@ def test_a_start_that_could_not_say_how_it_ended_is_noted_by_the_next(tmp_path: 
     assert [(e["decision"], e["restart"]) for e in first.events("job ended")] == [("lost", 0), ("failed", 1)]
 
 
+def test_an_event_while_another_start_comes_is_written_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunDirectory(tmp_path).claim()
+    found = iter([0, 1])
+    monkeypatch.setattr(jobs, "newest_generation", lambda run: next(found))
+    job = Job("7", 0, tmp_path, tmp_path / "recipe.yaml")
+    job.note("job started")
+    assert [event["generation"] for event in job.events("job started")] == [1]
+
+
 def test_a_start_waits_until_the_one_that_a_lost_node_has_ended_is_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

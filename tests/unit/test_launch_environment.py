@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,11 +134,19 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_only_locks_without_a_living_holder_are_removed(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_only_locks_without_a_living_holder_are_removed(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stale, held = tmp_path / "stale" / "lock", tmp_path / "held" / "lock"
     stale.parent.mkdir()
     stale.touch()
     assert not FileBaton(str(stale)).try_acquire()  # torch would now wait without end
+    monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path / "cache"))
+    assert clear_stale_build_locks(tmp_path) == [], "another host may build in a user's own folder"
+    os.utime(stale, (1e9, 1e9))
+    assert clear_stale_build_locks(tmp_path) == [stale]
+    stale.touch()
+    monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path))
 
     assert clear_stale_build_locks(tmp_path) == [stale]
     assert held.exists()
@@ -154,6 +163,47 @@ def test_only_locks_without_a_living_holder_are_removed(tmp_path: Path, holder: 
 
 def test_a_folder_that_does_not_exist_yet_has_no_locks(tmp_path: Path) -> None:
     assert clear_stale_build_locks(tmp_path / "absent") == []
+
+
+def test_an_extension_that_is_built_anew_meanwhile_is_not_copied(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    (tmp_path / "build" / "op").mkdir(parents=True)
+    (tmp_path / "build" / "op" / "op.so").touch()
+    copytree = shutil.copytree
+
+    def copy_and_lose(source: Path, target: Path) -> None:
+        (source / "gone").symlink_to("nowhere")
+        copytree(source, target)
+
+    monkeypatch.setattr(shutil, "copytree", copy_and_lose)
+    with own_extensions(tmp_path / "build") as own:
+        assert list(own.iterdir()) == []
+
+
+def test_launchers_are_quiet_about_hosts_that_have_ended_and_workers_are_not() -> None:
+    code = """
+import os
+from launch.environment import import_torch_quietly
+import_torch_quietly()
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+pid = os.fork()
+if not pid:
+    client = TCPStore("127.0.0.1", store.port, is_master=False)
+    os.kill(os.getppid(), 9)
+    try:
+        client.wait(["a"])
+    except RuntimeError as error:
+        print("ended:", error, "TORCH_CPP_LOG_LEVEL" in os.environ, flush=True)
+    os._exit(0)
+os.wait()
+"""
+    variables = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("ended: ") and done.stdout.endswith(" False\n"), done.stdout
+    assert done.stderr == ""
 
 
 def test_a_jobs_own_extensions_are_a_copy_and_what_it_builds_is_kept(

@@ -410,6 +410,17 @@ def test_workers_end_with_a_launcher_that_is_killed(worker: Any, recipe: Recipe,
         time.sleep(0.05)
 
 
+def test_a_damaged_claim_does_not_replace_the_exit_code(recipe: Recipe, worker: Any) -> None:
+    worker("""
+        (errors.parent.parent / "generations").mkdir()
+        (errors.parent.parent / "generations" / "000001.json").write_text("{")
+        sys.exit(3)
+    """)
+    assert local.run_workers(recipe, processes=1) == 1
+    [outcome] = recipe.run_directory().glob("logs/*/outcome.json")
+    assert json.loads(outcome.read_text())["rank_exit_code"] == 3
+
+
 def test_a_build_lock_of_a_killed_run_is_removed_and_the_users_settings_are_shown(
     recipe: Recipe, worker: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,13 +10,15 @@ import torch
 from recipe_samples import CONTENT, PreparedData
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_model, make_tokenizer, write_checkpoint
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from gpt import generate
 from gpt.model import (
+    DTYPES,
     CompiledLayers,
     build_config,
     build_model,
-    check_frozen,
+    check_weights,
     checkpoint_gradients,
     count_parameters,
     decoder_layers,
@@ -214,7 +216,38 @@ def test_patterns_freeze_what_they_name(tokenizer: PreTrainedTokenizerBase) -> N
     assert norms == [
         f"model.{n}.weight" for n in ("layers.1.input_layernorm", "layers.1.post_attention_layernorm", "norm")
     ]
-    check_frozen(Model(config=LLAMA, frozen=["*.mlp.*"]), config_of(tokenizer))
+    check_weights(Model(config=LLAMA, frozen=["*.mlp.*"]), config_of(tokenizer), "bf16")
+    with pytest.raises(ValueError, match="no parameter matches 'x'"):
+        check_weights(Model(config=LLAMA, frozen=["x"]), config_of(tokenizer), "bf16")
+
+
+@pytest.mark.parametrize(("width", "precision", "good"), [(36, "bf16", False), (36, "fp32", True), (40, "bf16", True)])
+def test_experts_that_torch_cannot_multiply_are_refused(
+    tokenizer: PreTrainedTokenizerBase, width: int, precision: str, good: bool
+) -> None:
+    fields = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    recipe = Model(config=fields | {"model_type": "mixtral", "intermediate_size": width, "num_local_experts": 2})
+    config = build_config(recipe, tokenizer, 16)
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    if good:
+        check_weights(recipe, config, precision)
+        model(input_ids=ids, labels=ids).loss.backward()
+        return
+    with pytest.raises(RuntimeError, match="strides should be multiple of 16 bytes"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match=r"down_proj has rows of 36 numbers, 72 bytes in bf16.* multiples of 8"):
+        check_weights(recipe, config, precision)
+
+
+def test_pickles_are_no_weights(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = make_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="has no weights as safetensors; pickles are not read"):
+        build_config(Model(pretrained=str(tmp_path)), tokenizer, 16)
+    with pytest.raises(ValueError, match=r"has no weights as safetensors; pickles \(\*\.bin\) can run code"):
+        generate.load_model(tmp_path)
 
 
 def test_a_pattern_that_matches_nothing_names_near_parameters() -> None:

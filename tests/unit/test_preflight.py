@@ -2,12 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from recipe_samples import make_recipe
 
-from gpt import preflight
+from gpt import distributed, preflight, train
 from gpt.preflight import Facts, Item, Needs, can_meet, describe, judge, judge_disk, judge_memory, refuse
 
 GIB = 2**30
@@ -160,6 +161,40 @@ def test_a_setting_that_names_no_interface(monkeypatch: pytest.MonkeyPatch) -> N
     )
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     assert preflight._own_address() == (None, None)
+
+
+def test_a_host_that_cannot_listen_or_write_says_so_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    meeting: Any = SimpleNamespace(
+        nodes=2,
+        node=1,
+        local_rank=0,
+        hear=lambda name, of: None,
+        tell=lambda name, value, of: told.update({name: value}),
+    )
+    monkeypatch.setattr(preflight, "_own_address", lambda: ("192.0.2.1", None))  # of no interface here
+    with preflight._listening(meeting) as problem:
+        assert str(problem).startswith("it cannot listen at 192.0.2.1 (GLOO_SOCKET_IFNAME): Cannot assign")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(preflight, "_nearest_folder", lambda run: tmp_path / "file")
+    with preflight._probe_files(meeting, tmp_path / "run") as problem:
+        assert "cannot be written to: Not a directory" in str(problem)
+    assert told == {"address": None, "file": None}
+
+
+def test_an_error_of_any_kind_in_the_plan_is_told_to_the_other_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("meta tensors have no data")
+
+    monkeypatch.setattr(train, "plan_run", fail)
+    monkeypatch.setattr(distributed, "Meeting", lambda s: SimpleNamespace(local_rank=1, nodes=2, rank=1, world_size=2))
+    monkeypatch.setattr(preflight, "check_before", lambda meeting, recipe, problem, data, needs: [problem])
+    assert train._look_before(make_recipe(), all_files=True) == (None, ["RuntimeError: meta tensors have no data"])
+    assert "Traceback" in capsys.readouterr().err, "with the place, in the rank's log"
 
 
 def test_the_report_is_for_programs(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ import psutil
 import pytest
 from data_samples import EMBEDDED, VOCABULARY, add_document, macbeth, save_tokenizer, small_tokenizer, write_jsonl
 
-from data_pipeline import merge, units
+from data_pipeline import duplicates, units
 from data_pipeline.plan import PrepareOptions, file_digest, make_plan
 from data_pipeline.prepare import MARKER_NAME, prepare
 from data_pipeline.shard_writer import UnitWriter, write_file_atomically
 from data_pipeline.sources import ReadOptions
 from data_pipeline.token_shards import TokenShards
-from data_pipeline.units import RECORDS
+from data_pipeline.unit_documents import RECORDS
 
 ROOT = EMBEDDED.parents[1]
 LINES = [f"{number}: {line}" for number, line in enumerate(macbeth().splitlines()) if line][:1500]
@@ -494,7 +494,8 @@ def test_sample_of_a_unit_is_the_smallest_hashes_of_the_training_split(corpus: P
     assert share - 3 <= sum(len(text.encode()) for text in texts) <= share
     rows = [
         (content.decode(), units.xxhash.xxh3_64_intdigest(content))
-        for _, _, content in units._documents(plan, 1, units.Ledger(), lambda share: None)
+        for _, _, content in units.kept_documents(plan, 1, units.Ledger(), lambda share: None)
+        if content is not None
     ]
     train = [(text, key) for text, key in rows if plan.split_of(0, key) == "train"]
     assert 0.5 < len(train) / len(rows) < 0.9
@@ -507,6 +508,6 @@ def test_sample_of_a_unit_is_the_smallest_hashes_of_the_training_split(corpus: P
 def test_duplicates_are_counted_the_same_in_any_number_of_buckets(
     corpus: Path, tokenizer_folder: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "BUCKET_HASHES", 500)
+    monkeypatch.setattr(duplicates, "BUCKET_HASHES", 500)
     prepare(_options(corpus, tmp_path / "out", tokenizer_folder))
     assert _files(tmp_path / "out") == reference

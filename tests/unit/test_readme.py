@@ -13,9 +13,10 @@ import recipe_reference
 import typer.main
 import yaml
 
+from data_pipeline.templates import load_template
 from gpt.recipe import Recipe, Section
 from gpt.recipe_file import parse_recipe, parse_section
-from gpt.task import MultipleChoice
+from gpt.task import KINDS
 from launch.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,10 +99,17 @@ def test_a_text_without_markers_is_refused() -> None:
 # the worked example
 
 
-def test_the_task_of_the_example_is_valid() -> None:
-    [block] = code_blocks(section("Answers and scores"), "yaml")
-    task = parse_section(MultipleChoice, yaml.safe_load(block), "of README.md")
-    assert task.prompt == "Question: {question}\nAnswer:"
+def test_the_tasks_of_the_examples_are_valid() -> None:
+    contents = [yaml.safe_load(block) for block in code_blocks(section("Answers and scores"), "yaml")]
+    tasks = [parse_section(KINDS[content["kind"]], content, "of README.md") for content in contents]
+    assert [task.kind for task in tasks] == ["multiple_choice", "classification"]
+    assert tasks[0].prompt == "Question: {question}\nAnswer:"
+
+
+def test_the_template_of_the_example_is_valid(tmp_path: Path) -> None:
+    [block] = code_blocks(section("Tasks from tables"), "yaml")
+    (tmp_path / "template.yaml").write_text(block, encoding="utf-8")
+    assert load_template(tmp_path / "template.yaml").response == "{de}"
 
 
 def test_the_recipe_of_the_example_is_valid() -> None:

@@ -133,6 +133,15 @@ def test_options_that_share_the_first_place_share_the_credit(tmp_path: Path) -> 
     assert result["ties"] == 4
 
 
+def test_a_model_without_numbers_has_no_score(tmp_path: Path) -> None:
+    model = make_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path, chat=False)
+    with pytest.raises(ValueError, match=r"task.jsonl:1: the model's logits are not numbers \(NaN\)"):
+        evaluate_task(tmp_path, write_task(tmp_path, CHOICE, [{"q": "x", "options": ["a", "b"], "answer": 0}]))
+
+
 def test_options_as_templates(folder: Path, tmp_path: Path) -> None:
     task = CHOICE | {"options": ["no", "yes, {reason}"], "prompt": "{q}? {{}}"}
     _, [question] = load_task(write_task(tmp_path, task, [{"q": "So", "reason": 4, "answer": "yes, 4"}]))
@@ -165,13 +174,13 @@ def test_normalization() -> None:
 
 def test_the_interval_is_that_of_the_mean() -> None:
     values = np.array([1.0] * 120 + [0.0] * 280)
-    found = scores._with_interval(values)
+    found = scores._with_interval(scores._mean(values), len(values))
     error = 1.96 * values.std() / len(values) ** 0.5
     assert found["value"] == pytest.approx(0.3)
     assert found["low"] == pytest.approx(0.3 - error, abs=error / 8)
     assert found["high"] == pytest.approx(0.3 + error, abs=error / 8)
-    assert scores._with_interval(np.ones(5)) == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert scores._with_interval(values) == found
+    assert scores._with_interval(scores._mean(np.ones(5)), 5) == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert scores._with_interval(scores._mean(values), len(values)) == found
 
 
 @pytest.mark.parametrize(
@@ -254,3 +263,190 @@ def test_what_a_task_and_a_model_do_not_share_is_refused(folder: Path, tmp_path:
         evaluate_task(folder, write_task(tmp_path, CHOICE | {"as_chat": False}, long))
     with pytest.raises(ValueError, match=r"task.jsonl:2: The prompt has .* model has 128 positions"):
         evaluate_task(folder, write_task(tmp_path, MATCH, long))
+
+
+LABELS = ["q1", "q2", "q12", "q"]
+CLASSES = {"kind": "classification", "prompt": "{q}", "answer": "label", "labels": LABELS}
+CLASS_ROWS = [{"q": f"Mail {n}", "label": label} for n, label in enumerate(["q1", "q2", "q12", "q", 0, "q1"])]
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "RESAMPLES", 20)
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def check_classes(result: dict[str, Any], right: list[str], found: list[str | None]) -> None:
+    """The scores are scikit-learn's, for the model and for the commonest label."""
+    metrics = pytest.importorskip("sklearn.metrics", reason="the extra tasks is not installed")
+    said = [label or "(none)" for label in found]
+    names = sorted({*right, *said} - {"(none)"})
+    assert result["scores"]["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(right, said), abs=1e-6)
+    f1 = metrics.f1_score(right, said, average="macro", labels=names, zero_division=0)
+    assert result["scores"]["macro_f1"]["value"] == pytest.approx(f1, abs=1e-6)
+    assert result["scores"]["macro_f1"]["low"] <= f1 <= result["scores"]["macro_f1"]["high"]
+    columns = [*LABELS, *(["(none)"] if None in found else [])]
+    matrix = metrics.confusion_matrix(right, said, labels=columns)[: len(LABELS)]
+    assert [[row[name] for name in columns] for row in result["confusion_matrix"].values()] == matrix.tolist()
+    commonest = ["q1"] * len(right)
+    assert result["majority_label"] == "q1"
+    f1 = metrics.f1_score(right, commonest, average="macro")
+    baseline = result["baselines"]["majority_label"]
+    assert [baseline[name]["value"] for name in ("accuracy", "macro_f1")] == pytest.approx([0.5, f1], abs=1e-6)
+
+
+@torch.no_grad()
+def test_labels_that_share_their_first_token_are_told_apart(folder: Path, tmp_path: Path, few_resamples: None) -> None:
+    """A label is the whole answer with the token that closes it, so "q12" may be likelier than its beginning "q1"."""
+    pytest.importorskip("sklearn", reason="the extra tasks is not installed")
+    model, tokenizer = make_model(), PreTrainedTokenizerFast.from_pretrained(folder)
+    result = evaluate_task(
+        folder, write_task(tmp_path, CLASSES, CLASS_ROWS), baseline=folder, predictions=tmp_path / "p.jsonl"
+    )
+    found = lines_of(tmp_path / "p.jsonl")
+    for row, prediction in zip(CLASS_ROWS, found, strict=True):
+        prompt = f"<|im_start|>user\n{row['q']}<|im_end|>\n<|im_start|>assistant\n"
+        begin = len(tokenizer(prompt)["input_ids"])
+        assert all(tokenizer(prompt + label)["input_ids"][begin] == tokenizer("q")["input_ids"][0] for label in LABELS)
+        expected = [
+            log_likelihood(model, tokenizer(prompt + label + "<|im_end|>")["input_ids"], begin) for label in LABELS
+        ]
+        assert list(prediction["log_likelihoods"].values()) == pytest.approx(expected, rel=1e-5)
+        assert prediction["prediction"] == LABELS[int(np.argmax(expected))]
+    right = [LABELS[row["label"]] if isinstance(row["label"], int) else row["label"] for row in CLASS_ROWS]
+    assert [prediction["answer"] for prediction in found] == right
+    check_classes(result, right, [prediction["prediction"] for prediction in found])
+    assert result["baselines"][str(folder)] == result["scores"]
+    with pytest.raises(ValueError, match="the label 'q1' is the beginning of 'q12', and nothing closes an answer in a"):
+        evaluate_task(folder, write_task(tmp_path, CLASSES | {"as_chat": False}, CLASS_ROWS))
+
+
+@torch.no_grad()
+def greedy(folder: Path, prompts: list[str], tokens: int) -> list[str]:
+    """By transformers alone, one prompt at a time."""
+    model, tokenizer = make_model(), PreTrainedTokenizerFast.from_pretrained(folder)
+    said = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        output = model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+        said.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd"))
+    return said
+
+
+def test_labels_that_are_said(folder: Path, tmp_path: Path, few_resamples: None) -> None:
+    pytest.importorskip("sklearn", reason="the extra tasks is not installed")
+    said = greedy(folder, [row["q"] for row in CLASS_ROWS], 4)
+    labels = [text for text in dict.fromkeys(normalized(text, "whitespace") for text in said) if text][:3]
+    assert len(labels) > 1
+    labels = (labels + LABELS)[: len(LABELS)]
+    rows = [row | {"label": label} for row, label in zip(CLASS_ROWS, [*labels, labels[0], labels[1]], strict=True)]
+    task = CLASSES | {"by": "generation", "labels": labels, "max_new_tokens": 4}
+    result = evaluate_task(folder, write_task(tmp_path, task, rows), predictions=tmp_path / "p.jsonl")
+    found = lines_of(tmp_path / "p.jsonl")
+    assert [prediction["said"] for prediction in found] == said
+    expected = [text if (text := normalized(each, "whitespace")) in labels else None for each in said]
+    assert [prediction["prediction"] for prediction in found] == expected
+    right = [row["label"] for row in rows]
+    hits = np.mean([a == b for a, b in zip(right, expected, strict=True)])
+    assert result["scores"]["accuracy"]["value"] == pytest.approx(hits)
+
+
+def test_an_answer_that_is_no_label_is_counted_as_none() -> None:
+    pytest.importorskip("sklearn", reason="the extra tasks is not installed")
+    right, found = [0, 0, 0, 1, 2, 3], [0, scores.NO_LABEL, 0, 1, 0, scores.NO_LABEL]
+    statistics = scores._class_statistics(right, found)
+    scored = scores.Scored(statistics, [{}] * 6, {}, {"majority_label": scores._class_statistics(right, [0] * 6)})
+    result = {
+        "scores": scored.scores(),
+        "baselines": scored.baseline_scores(),
+        "majority_label": "q1",
+        "confusion_matrix": scores._confusion(LABELS, right, found),
+    }
+    named = [None if number == scores.NO_LABEL else LABELS[number] for number in found]
+    check_classes(result, [LABELS[number] for number in right], named)
+
+
+TRANSLATE = {"kind": "generation", "prompt": "{q}", "answer": "de", "max_new_tokens": 12}
+METRICS = ["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
+
+
+def test_metrics_are_those_of_their_libraries(folder: Path, tmp_path: Path, few_resamples: None) -> None:
+    """Of greedy answers as transformers gives them, with one or several right answers, and of the lead."""
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra tasks is not installed")
+    rouge = pytest.importorskip("rouge_score.rouge_scorer", reason="the extra tasks is not installed")
+    prompts = ["a", "to be", "c d e"]
+    said = greedy(folder, prompts, 12)
+    answers = [[said[0]], ["to be or not", said[1] + " x", "three"], ["some of it is so"]]
+    source = "One. Two is some! Is it so? Never said."
+    rows = [{"q": q, "de": de, "text": source} for q, de in zip(prompts, answers, strict=True)]
+    task = TRANSLATE | {"metrics": METRICS, "lead": "text"}
+    result = evaluate_task(folder, write_task(tmp_path, task, rows), predictions=tmp_path / "p.jsonl")
+    assert [prediction["prediction"] for prediction in lines_of(tmp_path / "p.jsonl")] == said
+    streams = [[refs[i] if i < len(refs) else None for refs in answers] for i in range(3)]
+    for found, texts in ((result["scores"], said), (result["baselines"]["lead"], [source.rpartition(" Never")[0]] * 3)):
+        expected = {
+            "bleu": sacrebleu.corpus_bleu(texts, streams).score,
+            "chrf": sacrebleu.corpus_chrf(texts, streams).score,
+            "exact_match": np.mean([text in refs for text, refs in zip(texts, answers, strict=True)]),
+        }
+        for name in ("rouge1", "rouge2", "rougeL"):
+            scorer = rouge.RougeScorer([name])
+            pairs = zip(texts, answers, strict=True)
+            expected[name] = np.mean([max(scorer.score(r, text)[name].fmeasure for r in refs) for text, refs in pairs])
+        assert {name: each["value"] for name, each in found.items()} == pytest.approx(expected, abs=1e-6)
+    chosen = np.array([2, 0, 0])
+    questions = load_task(write_task(tmp_path, task, rows))[1]
+    resampled = scores._corpus_statistic("chrf", questions, said)(chosen)
+    expected_again = sacrebleu.corpus_chrf(
+        [said[i] for i in chosen], [[stream[i] for i in chosen] for stream in streams]
+    )
+    assert resampled == pytest.approx(expected_again.score, abs=1e-6)
+
+
+def test_a_library_that_is_not_installed_is_named_before_the_model_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
+    for task, row, names in (
+        (CLASSES, CLASS_ROWS[0], "sklearn"),
+        (TRANSLATE | {"metrics": ["rouge1", "chrf"]}, {"q": "a", "de": "b"}, "rouge_score and sacrebleu"),
+    ):
+        with pytest.raises(ValueError, match=f"the task's metrics need {names}: install the extra tasks"):
+            evaluate_task(tmp_path / "nowhere", write_task(tmp_path, task, [row]))
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        (TRANSLATE | {"metrics": ["accuracy"]}, "metrics.0: Input should be 'bleu', 'chrf', 'rouge1', 'rouge2'"),
+        (TRANSLATE | {"metrics": []}, "metrics: List should have at least 1 item"),
+        (CLASSES | {"metrics": ["bleu"]}, "unknown key metrics"),
+        (
+            CLASSES | {"labels": ["a", " a"]},
+            "labels must not be empty, nor equal after normalize; they are ['a', ' a']",
+        ),
+        (CLASSES | {"labels": ["a", " "]}, "labels must not be empty"),
+        (CLASSES | {"labels": ["a"]}, "labels: List should have at least 2 items"),
+    ],
+)
+def test_a_metric_or_labels_that_do_not_fit_are_refused(tmp_path: Path, task: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        load_task(write_task(tmp_path, task, CLASS_ROWS))
+    assert problem in str(refused.value)
+
+
+def test_a_label_is_its_text_or_else_its_number(tmp_path: Path) -> None:
+    labels = {"labels": ["1", "0"]}
+    for answer, expected in ((1, "1"), ("0", "0")):
+        _, [question] = load_task(write_task(tmp_path, CLASSES | labels, [{"q": "x", "label": answer}]))
+        assert question.answers == [expected]
+    for answer, problem in (("q3", "label is 'q3', which is none of the options"), (4, "from 0 to 3")):
+        with pytest.raises(ValueError, match=problem):
+            load_task(write_task(tmp_path, CLASSES, [{"q": "x", "label": answer}]))
+    with pytest.raises(ValueError, match="the field text is missing"):
+        load_task(write_task(tmp_path, TRANSLATE | {"metrics": ["chrf"], "lead": "text"}, [{"q": "x", "de": "y"}]))

@@ -6,10 +6,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
+import torch
 import uvicorn
 from small_checkpoint import make_model, make_tokenizer
 from transformers import GenerationConfig
@@ -17,7 +19,7 @@ from transformers import GenerationConfig
 from gpt import serve as module
 from gpt.generate import Sampling, generate, load
 from gpt.serve import serve
-from gpt.served_app import build_app
+from gpt.served_app import LONGEST_ANSWER_TOKENS, _bound, build_app
 from launch.cli import main
 
 TOKEN = "a-token"
@@ -147,6 +149,29 @@ def test_a_request_that_cannot_be_rendered_is_refused(client: openai.OpenAI) -> 
         client.chat.completions.create(model="tiny", messages=[{"content": "Who?"}])
     with pytest.raises(openai.BadRequestError, match="The request cannot be answered: TypeError"):
         client.chat.completions.create(model="tiny", messages="Who?")
+
+
+def test_settings_that_are_not_the_requests_are_refused(client: openai.OpenAI) -> None:
+    def refused(words: str, **body: Any) -> None:
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.chat.completions.create(model="tiny", messages=question("Who?"), extra_body=body)
+
+    refused("generation_config is not taken", generation_config='{"num_beams": 1000}')
+    refused("not for chat_template, tools", chat_template_kwargs={"chat_template": "x", "tools": []})
+    refused("must be an object", chat_template_kwargs=["x"])
+    refused("max_tokens is 0; it must be at least 1", max_tokens=0)
+    with pytest.raises(openai.BadRequestError, match="generation_config is not taken"):
+        client.completions.create(model="tiny", prompt="So", extra_body={"generation_config": "{}"})
+    asked = {"max_tokens": 2, "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+    answer = client.chat.completions.create(model="tiny", messages=question("Who?"), **asked)
+    assert answer.usage.completion_tokens <= 2
+
+
+def test_a_model_without_an_end_of_positions_ends_its_answers_too() -> None:
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))
+    config = GenerationConfig(max_new_tokens=10**9)
+    _bound(model, {"input_ids": torch.zeros(1, 3)}, config)
+    assert config.max_new_tokens == LONGEST_ANSWER_TOKENS
 
 
 def test_a_folder_without_a_template_continues_texts_only(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from launch.submitted import read_sweep, submitted_jobs
 NASTY = """it's "a" $(touch PWNED) `touch PWNED`; touch PWNED & #é %j \\ *"""
 LOGIN_NODE = {
     "sbatch": """#!/bin/bash
-printf '%s\\n' "$*" "${SBATCH_TIMELIMIT-}" "${SBATCH_ACCOUNT-}" >> "$0.calls"
+printf '%s\\n' "$*" "${SBATCH_TIMELIMIT-}${SBATCH_ARRAY_INX-}${SBATCH_WAIT-}" "${SBATCH_ACCOUNT-}" >> "$0.calls"
 n=$(($(cat "$0.number" 2>/dev/null || echo 41) + 1))
 [ "$n" = "$(cat "$0.refuses" 2>/dev/null)" ] && { echo "sbatch: error: Batch job submission failed:" >&2
   echo "Invalid account or account/partition combination specified" >&2; exit 1; }
@@ -200,6 +200,10 @@ def test_a_run_directory_that_no_script_can_name_is_refused(recipe: Path, tmp_pa
         ("2-12:30", 217800),
         ("2-12:30:15", 217815),
         ("UNLIMITED", None),
+        ("0", None),
+        ("0:00", None),
+        ("00:00:00", None),
+        ("0-0", None),
     ],
 )
 def test_times(text: str, seconds: int | None) -> None:
@@ -330,6 +334,8 @@ def test_a_finished_run_and_one_of_another_recipe_are_refused(recipe: Path, logi
 
 def test_a_run_is_frozen_and_submitted(recipe: Path, login_node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBATCH_TIMELIMIT", "5")  # would win over the script's line
+    monkeypatch.setenv("SBATCH_ARRAY_INX", "0-3")  # would start the run four times
+    monkeypatch.setenv("SBATCH_WAIT", "1")
     monkeypatch.setenv("SBATCH_ACCOUNT", "mine")  # the script has none
     answer = submitted(recipe, "train.steps=12")
     run = recipe.parent / "runs" / "small"

@@ -1,19 +1,25 @@
 """What a run refuses before any process group exists, and what it plans: data, tokenizer, lengths, prompts."""
 
+import errno
+import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from recipe_samples import PreparedData, make_recipe
 from transformers import AutoTokenizer
 
+from gpt import distributed, preflight, train
 from gpt.recipe import Recipe
-from gpt.run_directory import RunDirectory
+from gpt.run_directory import RunDirectory, tokenizer_checksums
 from gpt.train import (
     _build_evaluation,
     _describe_run,
@@ -57,6 +63,15 @@ def test_a_good_recipe_is_planned_and_described(prepared_data: PreparedData, tmp
     assert f"length: 10 steps of 256 tokens = 2,560 tokens, {epochs:.2f} epochs" in text
     assert "last step" in text
     assert not (tmp_path / "small").exists()  # a plan writes nothing
+
+
+def test_a_metric_that_the_tokenizer_never_gives_is_refused(
+    prepared_data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(prepared_data.text, tmp_path, {"evaluate": {"metric": "bits_per_byte"}})
+    plan_run(recipe, world_size=2)
+    monkeypatch.setattr(train, "token_byte_lengths", lambda tokenizer: None)
+    assert "evaluate.metric bits_per_byte is never computed with" in refusal(recipe)
 
 
 def test_a_launcher_checks_a_recipe_without_importing_models(prepared_data: PreparedData, tmp_path: Path) -> None:
@@ -205,6 +220,45 @@ def test_a_start_that_was_killed_before_its_first_event_is_no_start(
     _describe_run(plan, owner, 2)
     _describe_run(plan, owner, 2)
     assert [event["event"] for event in owner.events("start", "continue")] == ["start", "continue"]
+    [kept] = owner.events("tokenizer kept")
+    assert kept["xxh3"] == tokenizer_checksums(prepared_data.text / "tokenizer") != {}
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "traceback"),
+        (ConnectionResetError("away"), "traceback"),
+        (FileNotFoundError("data/train/00000.bin is gone: prepare it again"), "refusal"),
+        (ValueError("the run has diverged"), "refusal"),
+    ],
+)
+def test_what_the_system_does_to_a_run_that_has_begun_is_no_refusal(
+    prepared_data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, left: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    recipe = recipe_for(prepared_data.text, tmp_path)
+    plan = plan_run(recipe, 1)
+    monkeypatch.setattr(train, "_look_before", lambda *_, **options: (plan, []))
+    monkeypatch.setattr(preflight, "check_collectives", lambda *_, **options: [])
+    monkeypatch.setattr(distributed, "start", lambda timeout: distributed.Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(train, "_run_claimed", fail)
+    monkeypatch.setattr(train, "StopRequests", lambda errors: SimpleNamespace(requested=lambda: False))
+    monkeypatch.setattr(train, "answer_with_stacks", lambda file: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["train"])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TRAINYARD_ERROR_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("TRAINYARD_RECIPE", json.dumps(recipe.model_dump(mode="json")))
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code == 1
+    found = tmp_path / ("rank_0.txt" if left == "refusal" else "rank_0.traceback.txt")
+    assert str(error) in found.read_text()
+    assert (tmp_path / "rank_0.txt").exists() == (left == "refusal")
 
 
 def test_a_run_directory_of_another_recipe_is_refused(prepared_data: PreparedData, tmp_path: Path) -> None:

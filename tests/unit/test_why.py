@@ -127,6 +127,23 @@ def test_an_error_of_python(recipe: Recipe, ranks: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "cause", "todo"),
+    [
+        ("[Errno 116] Stale file handle: 'runs/x'", "file system or network", "see whether its file systems"),
+        ("[Errno 28] No space left on device", "disk", "make room"),
+    ],
+)
+def test_what_the_system_did_to_it(error: str, cause: str, todo: str) -> None:
+    outcome = {
+        "event": "failed",
+        "time": 1.0,
+        "reason": f"rank 0 failed: RuntimeError: the system failed the run: {error}",
+    }
+    found = why._exception(SimpleNamespace(directory=Path("nowhere")), outcome)  # type: ignore[arg-type]
+    assert found.cause == cause and error in found.headline and found.todo.startswith(todo)
+
+
+@pytest.mark.parametrize(
     ("counters", "cause"),
     [
         ([{"control group": 0, "host": 5}, {"control group": 1, "host": 6}], "out of memory"),

@@ -1,0 +1,348 @@
+"""Rules on one document: what is repaired in its text, and the first bound that it breaks."""
+
+import functools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ftfy
+import numpy as np
+from ftfy.badness import is_bad
+
+from data_pipeline.documents import Document
+from data_pipeline.personal_data import REPLACEMENTS, placeholder
+from data_pipeline.rules import Bounds, Rules
+
+EXAMPLES_KEPT = 3
+EXCERPT_CHARACTERS = 120
+SHORT_LINE_CHARACTERS = 30
+UNSPACED_SHARE = 0.1  # of the characters; from here on a text does not put spaces between its words
+
+# first and last: Thai and Lao, Tibetan, Burmese, Khmer, Hiragana and Katakana, Han
+_UNSPACED = (
+    (0x0E00, 0x0EFF),
+    (0x0F00, 0x109F),
+    (0x1780, 0x17FF),
+    (0x3040, 0x30FF),
+    (0x3400, 0x9FFF),
+    (0x20000, 0x3FFFF),
+)
+_LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+")
+_CONTROL_BYTES = bytes([*range(9), *range(0x0B, 0x20), 0x7F])
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_LETTER = re.compile(r"[^\W\d_]")
+_BULLETS = ("•", "‣", "*", "-")
+_ELLIPSES = ("...", "…")
+_PUNCTUATION = (*".!?\"'", "…", "”", "\u2019")
+
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with its bits spread evenly: 2**64 divided by the golden ratio
+
+# Why a document is dropped: the bound's name, and the value with it
+Reason = tuple[str, str]
+Measure = tuple[str, float]  # its name, as in min_NAME and max_NAME, and its value
+
+
+def no_tally(rules: Rules) -> dict[str, Any]:
+    """The counts of no document. Every declared rule is there, so that one that never applied is seen to be 0."""
+    changed = [name for name, _ in _repairs(rules)]
+    dropped = [f"{section}.{name}" for section, bounds in _bounds(rules) for name in _bound_names(bounds)]
+    dropped += ["duplicates.exact"] if rules.duplicates else []
+    return {
+        "documents_in": 0,
+        "bytes_in": 0,
+        "documents_without_spaces": 0,
+        "changed": {
+            name: {"documents": 0} | ({"replaced": 0} if "." in name else {}) | {"examples": []} for name in changed
+        },
+        "dropped": {name: {"documents": 0, "bytes": 0, "examples": []} for name in dropped},
+    }
+
+
+def add_tally(total: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add counts to counts: numbers are summed, the first examples stay."""
+    for name, value in more.items():
+        if isinstance(value, dict):
+            add_tally(total[name], value)
+        elif isinstance(value, list):
+            total[name] = (total[name] + value)[:EXAMPLES_KEPT]
+        else:
+            total[name] += value
+
+
+def drop(tally: dict[str, Any], reason: Reason, document: Document, file: str) -> None:
+    """Count a dropped document and keep the first as examples."""
+    entry = tally["dropped"][reason[0]]
+    entry["documents"] += 1
+    entry["bytes"] += text_bytes(document)
+    if len(entry["examples"]) < EXAMPLES_KEPT:
+        excerpt = "\n".join(texts_of(document))[:EXCERPT_CHARACTERS]
+        entry["examples"].append({"file": file, "why": reason[1], "text": excerpt})
+
+
+def texts_of(document: Document) -> list[str]:
+    """The text, or the contents of a conversation's messages."""
+    if document.messages is None:
+        return [document.text]
+    return [message.get("content") or "" for message in document.messages]
+
+
+def text_bytes(document: Document) -> int:
+    """Its size in UTF-8."""
+    return sum(len(text.encode()) for text in texts_of(document))
+
+
+class Cleaner:
+    """The rules of one file, applied to one document after another."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._repairs = _repairs(rules)
+        self._bounds = _bounds(rules)
+
+    def repair(self, document: Document, tally: dict[str, Any] | None = None, file: str = "") -> Document:
+        """The document with its texts repaired; what changed is counted in ``tally``."""
+        texts = texts_of(document)
+        for name, apply in self._repairs:
+            after = [apply(text) for text in texts]
+            if tally is not None and after != texts:
+                _count_change(tally["changed"][name], name, texts, after, file)
+            texts = after
+        if document.messages is None:
+            return document._replace(text=texts[0])
+        pairs = zip(document.messages, texts, strict=True)
+        return document._replace(messages=[m | {"content": text} if m.get("content") else m for m, text in pairs])
+
+    def broken_bound(self, document: Document, tally: dict[str, Any]) -> Reason | None:
+        """The first bound that the document breaks. Only the length of a conversation is looked at.
+
+        A text in a script without spaces between words passes the bounds on words, lines and n-grams.
+        """
+        text = _Text("\n".join(texts_of(document)))
+        spaced: bool | None = None
+        for section, bounds in self._bounds:
+            if section != "length":
+                if document.messages is not None:
+                    continue
+                if spaced is None:
+                    spaced = _has_spaces(text.text)
+                    tally["documents_without_spaces"] += not spaced
+                if not spaced:
+                    continue
+            for name, value in _MEASURES[section](text, bounds):
+                for field, broken in ((f"min_{name}", value.__lt__), (f"max_{name}", value.__gt__)):
+                    bound = getattr(bounds, field, None)
+                    if bound is not None and broken(bound):
+                        return f"{section}.{field}", f"{value:.4g}, bound {bound:g}"
+        return None
+
+
+def _count_change(entry: dict[str, Any], name: str, before: list[str], after: list[str], file: str) -> None:
+    """Of personal data the report shows only what stands there now."""
+    entry["documents"] += 1
+    kind = name.partition(".")[2]
+    if kind:
+        mark = placeholder(kind)
+        entry["replaced"] += sum(text.count(mark) for text in after) - sum(text.count(mark) for text in before)
+    if len(entry["examples"]) >= EXAMPLES_KEPT:
+        return
+    old, new = next((old, new) for old, new in zip(before, after, strict=True) if old != new)
+    place = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    window = slice(max(0, place - EXCERPT_CHARACTERS // 2), place + EXCERPT_CHARACTERS // 2)
+    entry["examples"].append({"file": file, **({} if kind else {"before": old[window]}), "after": new[window]})
+
+
+# Repairs
+
+
+def _repairs(rules: Rules) -> list[tuple[str, Callable[[str], str]]]:
+    """Names and functions of the declared repairs, in the order in which they are applied."""
+    steps: list[tuple[str, Callable[[str], str]]] = []
+    if rules.encoding:
+        steps.append(("encoding", _repair_encoding))
+    if rules.control_characters:
+        steps.append(("control_characters", _remove_control_characters))
+    if form := rules.unicode:
+        steps.append(("unicode", lambda text: text if text.isascii() else unicodedata.normalize(form, text)))
+    steps += [(f"personal_data.{kind}", apply) for kind, apply in REPLACEMENTS.items() if kind in rules.personal_data]
+    return steps
+
+
+def _repair_encoding(text: str) -> str:
+    """ftfy's repair of each line for itself, as one wrong line among right ones is the common case."""
+    if text.isascii() or not is_bad(text):
+        return text
+    return "".join(ftfy.fix_encoding(line) for line in text.splitlines(keepends=True))
+
+
+def _remove_control_characters(text: str) -> str:
+    if text.isascii() and len(text.encode().translate(None, _CONTROL_BYTES)) == len(text):
+        return text
+    return _CONTROL.sub("", _LINE_END.sub("\n", text))
+
+
+# Measures
+
+
+def _bounds(rules: Rules) -> list[tuple[str, Bounds]]:
+    return [(name, value) for name, value in rules if isinstance(value, Bounds)]
+
+
+def _bound_names(bounds: Bounds) -> list[str]:
+    return [name for name, value in bounds if name.startswith(("min_", "max_")) and value is not None]
+
+
+def _has_spaces(text: str) -> bool:
+    """Whether the script puts spaces between words."""
+    if text.isascii():
+        return True
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    codes = codes[codes >= _UNSPACED[0][0]]
+    unspaced = sum(int(((codes >= first) & (codes <= last)).sum()) for first, last in _UNSPACED)
+    return unspaced < UNSPACED_SHARE * len(text)
+
+
+class _Text:
+    """A text with what several measures need, made when it is first asked for."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @functools.cached_property
+    def words(self) -> list[str]:
+        return self.text.split()
+
+    @functools.cached_property
+    def counts(self) -> Counter[str]:
+        return Counter(self.words)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Characters of each different word."""
+        return np.fromiter(map(len, self.counts), np.int64, len(self.counts))
+
+    @functools.cached_property
+    def lines(self) -> list[str]:
+        """Lines that are not blank, without white space at their ends."""
+        return [stripped for line in self.text.split("\n") if (stripped := line.strip())]
+
+    @functools.cached_property
+    def repeated_lines(self) -> tuple[float, float]:
+        return _repeated(self.lines)
+
+
+def _length(text: _Text, bounds: Any) -> Iterator[Measure]:
+    yield "characters", len(text.text)
+
+
+def _gopher_quality(text: _Text, bounds: Any) -> Iterator[Measure]:
+    count = len(text.words)
+    yield "words", count
+    if not count:
+        return
+    times = np.fromiter(text.counts.values(), np.int64, len(text.counts))
+    yield "mean_word_length", int(text.lengths @ times) / count
+    ellipses = text.text.count("...") + text.text.count("…")
+    yield "symbols_per_word", max(text.text.count("#"), ellipses) / count
+    lines = text.lines
+    yield "bullet_lines", sum(line.startswith(_BULLETS) for line in lines) / len(lines)
+    yield "ellipsis_lines", sum(line.endswith(_ELLIPSES) for line in lines) / len(lines)
+    lettered = sum(n for word, n in text.counts.items() if word.isalpha() or _LETTER.search(word))
+    yield "alphabetic_words", lettered / count
+    yield "stop_words", sum(word in text.counts for word in set(bounds.stop_words))
+
+
+def _fineweb_quality(text: _Text, bounds: Any) -> Iterator[Measure]:
+    lines = text.lines
+    if not lines:
+        return
+    yield "punctuated_lines", sum(line.endswith(_PUNCTUATION) for line in lines) / len(lines)
+    yield "short_lines", sum(len(line) < SHORT_LINE_CHARACTERS for line in lines) / len(lines)
+    yield "repeated_line_characters", text.repeated_lines[1]
+
+
+def _gopher_repetition(text: _Text, bounds: Any) -> Iterator[Measure]:
+    if not text.words:
+        return
+    paragraphs = [stripped for part in _PARAGRAPH.split(text.text) if (stripped := part.strip())]
+    for name, (share, characters) in (("line", text.repeated_lines), ("paragraph", _repeated(paragraphs))):
+        yield f"repeated_{name}s", share
+        yield f"repeated_{name}_characters", characters
+    longer = [getattr(bounds, f"max_repeated_{n}_grams") for n in range(5, 11)]
+    yield from _n_grams(text, min((bound for bound in longer if bound is not None), default=1.0))
+
+
+def _repeated(parts: list[str]) -> tuple[float, float]:
+    """Share of the parts that stood before, and of the characters in them."""
+    first = set(parts)
+    if len(first) == len(parts):
+        return 0.0, 0.0
+    characters = sum(map(len, parts))
+    return 1 - len(first) / len(parts), 1 - sum(map(len, first)) / characters
+
+
+def _n_grams(text: _Text, enough: float) -> Iterator[Measure]:
+    """Shares of characters: of the most frequent n-gram (2 to 4), and in n-grams that stood before (5 to 10).
+
+    An n-gram is told by a 64-bit hash. Where n words are repeated, n - 1 are: ever fewer places are looked at, and none
+    where the share is not above ``enough``, as it only falls with n.
+    """
+    words = text.words
+    numbers = {word: number for number, word in enumerate(text.counts)}
+    ids = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
+    starts = np.concatenate([[0], np.cumsum(text.lengths[ids])])
+    more = (np.fromiter(text.counts.values(), np.int64, len(numbers)) > 1)[ids]
+    places = np.flatnonzero(more[:-1] & more[1:])
+    mixed = (ids.astype(np.uint64) + np.uint64(1)) * _MIX
+    mixed ^= mixed >> np.uint64(29)
+    keys = mixed[places]
+    for n in range(2, 11):
+        if places.size and places[-1] > len(words) - n:
+            fits = places <= len(words) - n
+            places, keys = places[fits], keys[fits]
+        if not places.size:
+            return
+        keys = keys * _MIX + mixed[places + n - 1]
+        order = np.argsort(keys, kind="stable" if n >= 4 else None)
+        ordered, sorted_places = keys[order], places[order]
+        again = np.zeros(keys.size + 1, dtype=bool)  # equal to the one before, in sorted order
+        again[1:-1] = ordered[1:] == ordered[:-1]
+        if n <= 4:
+            yield f"top_{n}_gram", _most_frequent(sorted_places, again, starts, n) / int(starts[-1])
+        if n >= 4:
+            share = _covered(sorted_places[again[:-1]], starts, n) / int(starts[-1])
+            if n > 4:
+                yield f"repeated_{n}_grams", share
+            if share <= enough:
+                return
+        repeated = np.empty(keys.size, dtype=bool)
+        repeated[order] = again[:-1] | again[1:]
+        places, keys = places[repeated], keys[repeated]
+
+
+def _most_frequent(places: np.ndarray, again: np.ndarray, starts: np.ndarray, n: int) -> int:
+    """Characters in all occurrences of the most frequent n-gram; 0 where none is there twice."""
+    runs = np.flatnonzero(~again)
+    counts = np.diff(runs)
+    most = int(counts.max())
+    first = places[runs[:-1][counts == most]]
+    return most * int((starts[first + n] - starts[first]).max()) if most > 1 else 0
+
+
+def _covered(places: np.ndarray, starts: np.ndarray, n: int) -> int:
+    """Characters in the n-grams that begin at ``places``, none counted twice."""
+    if not places.size:
+        return 0
+    edges = np.zeros(starts.size, dtype=np.int64)
+    edges[places] += 1
+    edges[places + n] -= 1  # no place stands there twice
+    return int(np.diff(starts)[np.cumsum(edges)[:-1] > 0].sum())
+
+
+_MEASURES: dict[str, Callable[[_Text, Any], Iterator[Measure]]] = {
+    "length": _length,
+    "gopher_quality": _gopher_quality,
+    "fineweb_quality": _fineweb_quality,
+    "gopher_repetition": _gopher_repetition,
+}

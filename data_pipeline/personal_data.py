@@ -1,0 +1,119 @@
+"""Personal data and secrets in a text: found by their form, proven by their check digits where they have some."""
+
+import ipaddress
+import re
+from collections.abc import Callable
+
+from stdnum import iban, luhn
+
+# Each pattern begins with characters, and only then looks at what stands before them: so the search jumps from one
+# such character to the next, several times as fast.
+_ALONE = r"(?<![\w.+/=-].)(?<![0-9][ ,:].)"
+_ENDS = r"(?![\w/=])(?![.,:-][0-9])(?! ?[0-9])"
+
+# RFC 5321: at most 64 characters before the @
+_EMAIL = re.compile(
+    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){1,8}[A-Za-z]{2,24}"
+    r"(?![A-Za-z0-9-])"
+)
+# international (E.164: at most 15 digits), North American, and any behind a word that announces it
+_INTERNATIONAL = re.compile(rf"\+{_ALONE}[1-9][0-9]{{0,2}}(?:[ .-]?(?:\([0-9]{{1,5}}\)|[0-9]{{1,5}})){{2,5}}{_ENDS}")
+_NORTH_AMERICAN = re.compile(
+    rf"[1-9(]{_ALONE}(?:(?<=1)[ .-](?:[2-9][0-9]{{2}}[.-]|\([2-9][0-9]{{2}}\) ?)"
+    rf"|(?<=\()[2-9][0-9]{{2}}\) ?|(?<=[2-9])[0-9]{{2}}[.-])[2-9][0-9]{{2}}[ .-][0-9]{{4}}{_ENDS}"
+)
+_ANNOUNCED = re.compile(
+    rf"[lex](?:\.: ?|[.:] ?| )(?:\([0-9]{{1,5}}\)|[0-9]{{1,5}})(?:[ /-][0-9]{{2,8}}){{1,5}}{_ENDS}", re.IGNORECASE
+)
+_ANNOUNCING = ("tel", "telephone", "phone", "fax", "mobile", "cell")
+_IPV4 = re.compile(r"[0-9](?<![\w.-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w-]|\.[0-9])")
+_IPV6 = re.compile(r"[23](?<![\w:.].)[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,35}(?![\w:])")  # global unicast is 2000::/3
+_IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
+# the issuers' first digits (ISO/IEC 7812): Visa, Mastercard, American Express, Discover, Diners Club, JCB
+_CARD = re.compile(
+    r"[2-6](?<![\w.+-].)[0-9]{3}([ -]?)(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5})(?![\w-]|\.[0-9])"
+)
+_ISSUER = re.compile(r"4|5[1-5]|2[2-7]|3[04578]|6[05]")
+_SECRET_MARKS = (
+    *("PRIVATE KEY-----", "AKIA", "ASIA", "AIza", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+    *("glpat-", "xox", "hf_", "sk-", "k_live_", "k_test_", "eyJ"),
+)
+_SECRET = re.compile(
+    r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\s\S]{1,10000}?-----END [A-Z ]{0,20}PRIVATE KEY-----"
+    r"|(?<![A-Za-z0-9_-])(?:(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,90}"
+    r"|glpat-[\w-]{20}|xox[abprs]-[A-Za-z0-9-]{10,80}|hf_[A-Za-z0-9]{34}|sk-[\w-]{20,200}"
+    r"|[sr]k_(?:live|test)_[A-Za-z0-9]{24,99}"
+    r"|eyJ[\w-]{10,2000}\.eyJ[\w-]{10,4000}\.[\w-]{10,1000})(?![A-Za-z0-9_-])"
+)
+
+
+def placeholder(kind: str) -> str:
+    """What stands in the place of personal data of a kind."""
+    return f"<{kind.replace('_', '-')}>"
+
+
+def _public_address(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:
+        return False
+
+
+def _replacement(kind: str, proven: Callable[[str], bool]) -> Callable[[re.Match[str]], str]:
+    return lambda match: placeholder(kind) if proven(match[0]) else match[0]
+
+
+def _phone(match: re.Match[str]) -> str:
+    digits = sum(map(str.isdecimal, match[0]))
+    return placeholder("phone") if 7 <= digits <= 15 else match[0]
+
+
+def _announced_phone(match: re.Match[str]) -> str:
+    begin = match.start() + 1
+    word = re.search(r"[A-Za-z]*$", match.string[max(0, begin - 20) : begin])
+    digits = sum(map(str.isdecimal, match[0]))
+    if word is None or word[0].lower() not in _ANNOUNCING or not 7 <= digits <= 15:
+        return match[0]
+    return re.split(r"[0-9(]", match[0], maxsplit=1)[0] + placeholder("phone")
+
+
+def _card_number_is_valid(text: str) -> bool:
+    digits = text.replace(" ", "").replace("-", "")
+    return bool(_ISSUER.match(digits)) and luhn.is_valid(digits)
+
+
+def replace_email(text: str) -> str:
+    return _EMAIL.sub(placeholder("email"), text) if "@" in text else text
+
+
+def replace_phone(text: str) -> str:
+    text = _NORTH_AMERICAN.sub(_phone, _INTERNATIONAL.sub(_phone, text))
+    return _ANNOUNCED.sub(_announced_phone, text)
+
+
+def replace_ip_address(text: str) -> str:
+    replacement = _replacement("ip_address", _public_address)
+    return _IPV6.sub(replacement, _IPV4.sub(replacement, text))
+
+
+def replace_iban(text: str) -> str:
+    return _IBAN.sub(_replacement("iban", iban.is_valid), text)
+
+
+def replace_card_number(text: str) -> str:
+    return _CARD.sub(_replacement("card_number", _card_number_is_valid), text)
+
+
+def replace_secret_key(text: str) -> str:
+    return _SECRET.sub(placeholder("secret_key"), text) if any(mark in text for mark in _SECRET_MARKS) else text
+
+
+# the longest numbers first: an account or card number must not be taken for a telephone number
+REPLACEMENTS: dict[str, Callable[[str], str]] = {
+    "secret_key": replace_secret_key,
+    "email": replace_email,
+    "iban": replace_iban,
+    "card_number": replace_card_number,
+    "ip_address": replace_ip_address,
+    "phone": replace_phone,
+}

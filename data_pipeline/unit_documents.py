@@ -1,0 +1,156 @@
+"""The documents of one unit of ``prepare``: read, and judged by the rules where there are any.
+
+With rules all units are judged before the first one is made, because whether a document is a duplicate depends on all.
+A unit's verdicts are a byte a document; what they stand on is in its record ``j-<number>.json``, written last.
+"""
+
+import json
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_pipeline.clean import Cleaner, add_tally, drop, no_tally, text_bytes
+from data_pipeline.plan import Plan
+from data_pipeline.shard_writer import write_file_atomically
+from data_pipeline.sources import Document, Ledger, read_documents
+
+RECORDS = ".units"
+KEPT, DROPPED, REPEATED = range(3)
+
+Report = Callable[[float], None]  # the share of the unit that is done
+
+
+def judged_path(plan: Plan, number: int, what: str) -> Path:
+    """Of a unit: "json" its record, "verdicts", "train.hashes" and "train.places" (in the unit; and of validation)."""
+    return plan.output / RECORDS / f"j-{number:05d}.{what}"
+
+
+def read_unit(plan: Plan, number: int, ledger: Ledger, report: Report) -> Iterator[tuple[int, Document]]:
+    """(index of the file, document) of a unit."""
+    parts = plan.units[number].parts
+    for index, part in enumerate(parts):
+        file = plan.files[part.file]
+        by_bytes = file.container == "jsonl" and part.end > 1
+        begin, size = (part.begin, part.end - part.begin) if by_bytes else (0, max(1, file.bytes))
+        for count, document in enumerate(read_documents(file, plan.read, part, ledger)):
+            if count % 256 == 0:
+                report((index + min(1.0, max(0.0, (document.bytes_read - begin) / size))) / len(parts))
+            yield part.file, document
+
+
+def document_content(document: Document) -> bytes:
+    """What makes a document the same as another; empty of an empty one."""
+    if document.ids is not None:
+        return document.ids.astype("<u4").tobytes()
+    if document.messages is None:
+        return document.text.encode()
+    turns: list[Any] = []
+    for message in document.messages:
+        rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+        turns.append([message["role"], message.get("content"), *([rest] if rest else [])])
+    if document.tools:
+        turns.append(document.tools)
+    return json.dumps(turns, ensure_ascii=False, sort_keys=True).encode()
+
+
+def kept_documents(
+    plan: Plan, number: int, ledger: Ledger, report: Report, tally: dict[str, Any] | None = None
+) -> Iterator[tuple[int, Document, bytes | None]]:
+    """(index of the file, document, its content) of a unit, repaired; the content of one that a rule drops is None.
+
+    Duplicates are counted in ``tally``; what other rules did is in the unit's record.
+    """
+    documents = read_unit(plan, number, ledger, report)
+    if plan.rules is None:
+        for file, document in documents:
+            yield file, document, document_content(document)
+        return
+    cleaner = Cleaner(plan.rules)
+    verdicts = judged_path(plan, number, "verdicts").read_bytes()
+    for verdict, (file, document) in zip(verdicts, documents, strict=True):
+        if verdict == KEPT:
+            document = cleaner.repair(document)
+            yield file, document, document_content(document)
+            continue
+        if verdict == REPEATED and tally is not None:
+            document = cleaner.repair(document)
+            drop(tally, ("duplicates.exact", "stands elsewhere"), document, plan.files[file].label)
+        yield file, document, None
+
+
+def judge_unit(plan: Plan, number: int, report: Report) -> None:
+    """Write a unit's verdicts, the hashes of the documents that its own rules keep, and its record."""
+    assert plan.rules is not None
+    cleaner = Cleaner(plan.rules)
+    tally = no_tally(plan.rules)
+    verdicts = bytearray()
+    kept: dict[str, tuple[array[int], array[int]]] = {name: (array("Q"), array("I")) for name in plan.splits}
+    for file, document in read_unit(plan, number, Ledger(), report):
+        tally["documents_in"] += 1
+        tally["bytes_in"] += text_bytes(document)
+        label = plan.files[file].label
+        document = cleaner.repair(document, tally, label)
+        content = document_content(document)
+        reason = cleaner.broken_bound(document, tally) if content else None
+        if reason is not None:
+            drop(tally, reason, document, label)
+        elif content:
+            content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
+            hashes, places = kept[plan.split_of(file, content_hash)]
+            hashes.append(content_hash)
+            places.append(len(verdicts))
+        verdicts.append(KEPT if reason is None else DROPPED)
+    write_file_atomically(judged_path(plan, number, "verdicts"), bytes(verdicts))
+    for name, (hashes, places) in kept.items():
+        order = np.argsort(np.array(hashes, dtype="<u8"), kind="stable")
+        for what, values, kind in (("hashes", hashes, "<u8"), ("places", places, "<u4")):
+            content = np.array(values, dtype=kind)[order].tobytes()
+            write_file_atomically(judged_path(plan, number, f"{name}.{what}"), content)
+    kept_counts = {name: len(hashes) for name, (hashes, _) in kept.items()}
+    record = {"identity": plan.identity, "kept": kept_counts, "tally": tally}
+    write_file_atomically(judged_path(plan, number, "json"), json.dumps(record).encode())
+
+
+def unit_is_judged(plan: Plan, number: int) -> bool:
+    """Whether a unit's verdicts are of this plan, and there in full."""
+    try:
+        record = json.loads(judged_path(plan, number, "json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    if record["identity"] != plan.identity:
+        return False
+    sizes = {"verdicts": record["tally"]["documents_in"]}
+    for name, count in record["kept"].items():
+        sizes |= {f"{name}.hashes": 8 * count, f"{name}.places": 4 * count}
+    paths = {judged_path(plan, number, what): size for what, size in sizes.items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def judged_tally(plan: Plan) -> dict[str, Any]:
+    """What the rules other than that on duplicates did in all units."""
+    assert plan.rules is not None
+    total = no_tally(plan.rules)
+    for unit in plan.units:
+        add_tally(total, json.loads(judged_path(plan, unit.number, "json").read_bytes())["tally"])
+    return total
+
+
+def require_kept(plan: Plan) -> None:
+    """Raise ValueError where the rules keep nothing of the inputs, or nothing of a split that has files of its own."""
+    records = [json.loads(judged_path(plan, unit.number, "json").read_bytes()) for unit in plan.units]
+    kept = {name: sum(record["kept"][name] for record in records) for name in plan.splits}
+    tally = judged_tally(plan)
+    dropped = {name: entry["documents"] for name, entry in tally["dropped"].items() if entry["documents"]}
+    empty = [name for name, count in kept.items() if not count]
+    if not dropped or not empty or (plan.validation_threshold is not None and any(kept.values())):
+        return
+    where = "" if len(empty) == len(kept) else f" in the {empty[0]} inputs"
+    counts = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
+    raise ValueError(
+        f"the rules keep no document{where}; of {tally['documents_in']:,} documents in all they drop {counts}: loosen "
+        "these bounds"
+    )
