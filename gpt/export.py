@@ -20,6 +20,7 @@ from gpt.checkpoint.files import TensorToWrite, hash_file
 from gpt.checkpoint.format import FileEntry, Precision, fsync_directory
 from gpt.checkpoint.read import TORCH_DTYPES, empty_model
 from gpt.deepspeed_checkpoint import source_of_deepspeed
+from gpt.early_stopping import best_step
 from gpt.export_check import (
     GateMemory,
     available_memory_bytes,
@@ -46,16 +47,18 @@ def export_run(
     out: Path,
     *,
     step: int | None = None,
+    best: bool = False,
     describe_data: Callable[[Path], str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Export the newest checkpoint of the run directory `source`, or the one of `step`: see `source_of_run` and
-    `export_model`.
+    """Export the newest checkpoint of the run directory `source`, the one of `step`, or the best: see `best_step`,
+    `source_of_run` and `export_model`.
 
     Raises:
         ValueError: no such checkpoint or damaged files, and as `export_model`.
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
+    step = best_step(Path(source)) if best else step
     return export_model(source_of_run(Path(source), step, describe_data), out, **options)
 
 

@@ -93,6 +93,11 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
                 f"{name} was prepared with another tokenizer than {recipe.tokenizer} (or that one changed since): "
                 f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the one it was prepared with"
             )
+    if validation is not None and recipe.evaluate.metric == "bits_per_byte" and token_byte_lengths(tokenizer) is None:
+        raise ValueError(
+            f"evaluate.metric bits_per_byte is never computed with {recipe.tokenizer}: the bytes of its tokens are "
+            "unknown; choose loss"
+        )
     config = build_config(recipe.model, tokenizer, length)
     check_weights(recipe.model, config, recipe.precision)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
@@ -374,7 +379,8 @@ def _fit(trainer: Any) -> None:
     if trainer.owner is not None and trainer.metrics is not None:
         trainer.metrics.close()
         if trainer.stopped_at is None:
-            trainer.owner.write_event("end", step=trainer.schedule.total_steps)
+            why = {"reason": trainer.ended_early} if trainer.ended_early is not None else {}
+            trainer.owner.write_event("end", step=trainer.last_step, **why)
 
 
 def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrainedModel", int, Callable[[], Any]]:

@@ -65,6 +65,15 @@ def test_a_good_recipe_is_planned_and_described(prepared_data: PreparedData, tmp
     assert not (tmp_path / "small").exists()  # a plan writes nothing
 
 
+def test_a_metric_that_the_tokenizer_never_gives_is_refused(
+    prepared_data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(prepared_data.text, tmp_path, {"evaluate": {"metric": "bits_per_byte"}})
+    plan_run(recipe, world_size=2)
+    monkeypatch.setattr(train, "token_byte_lengths", lambda tokenizer: None)
+    assert "evaluate.metric bits_per_byte is never computed with" in refusal(recipe)
+
+
 def test_a_launcher_checks_a_recipe_without_importing_models(prepared_data: PreparedData, tmp_path: Path) -> None:
     """Each start waits for it, and it takes two seconds."""
     recipe = recipe_for(prepared_data.text, tmp_path).model_dump_json()
