@@ -52,7 +52,7 @@ def main() -> None:
     facts |= {"benchmark": "checkpoint", "command": shlex.join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]])}
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    make_data()
+    make_data(WORK, VOCABULARY_SIZE)
     recipe = write_recipe(options)
     ours = run_ours(recipe)
     theirs = run_deepspeed(recipe)
@@ -74,20 +74,20 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_data() -> None:
-    """A tokenizer of bytes with VOCABULARY_SIZE entries, and a play prepared with it."""
+def make_data(work: Path, vocabulary_size: int) -> None:
+    """In `work`: a tokenizer of bytes with so many entries, and a play prepared with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<unused {i}>" for i in range(VOCABULARY_SIZE - 258))]
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<unused {i}>" for i in range(vocabulary_size - 258))]
     tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
-    fast.save_pretrained(WORK / "tokenizer")
+    fast.save_pretrained(work / "tokenizer")
     play = ROOT / "data_pipeline" / "embedded" / "shakespeare" / "train" / "hamlet.txt"
-    command = ["prepare", "--input", str(play), "--tokenizer", str(WORK / "tokenizer"), "--validation-fraction", "0"]
-    trainyard(*command, "--out", str(WORK / "data"))
+    command = ["prepare", "--input", str(play), "--tokenizer", str(work / "tokenizer"), "--validation-fraction", "0"]
+    trainyard(*command, "--out", str(work / "data"))
 
 
 def write_recipe(options: argparse.Namespace) -> Path:
@@ -109,7 +109,8 @@ def write_recipe(options: argparse.Namespace) -> Path:
 
 def trainyard(*arguments: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-m", "launch.cli", *arguments], cwd=WORK, env=environment, check=True)
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
 
 
 def run_ours(recipe: Path) -> dict[str, Any]:

@@ -268,3 +268,14 @@ def _open_data(
     )
     prepare(options, None)
     return ValidationStream(scratch / "data" / "train", length)
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's end token and, in a chat, the end of a turn."""
+    return frozenset(i for i in (tokenizer.eos_token_id, *_end_of_turn(tokenizer)) if i is not None)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    names = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+    known = tokenizer.get_vocab()
+    return [known[name] for name in names if name in known and name in (tokenizer.chat_template or "")]

@@ -20,6 +20,7 @@ from gpt.checkpoint.files import TensorToWrite, hash_file
 from gpt.checkpoint.format import BLOCK_BYTES, FileEntry, Precision, fsync_directory
 from gpt.checkpoint.read import TORCH_DTYPES, empty_model
 from gpt.deepspeed_checkpoint import source_of_deepspeed
+from gpt.early_stopping import best_step
 from gpt.export_check import (
     GateMemory,
     available_memory_bytes,
@@ -46,16 +47,18 @@ def export_run(
     out: Path,
     *,
     step: int | None = None,
+    best: bool = False,
     describe_data: Callable[[Path], str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Export the newest checkpoint of the run directory `source`, or the one of `step`: see `source_of_run` and
-    `export_model`.
+    """Export the newest checkpoint of the run directory `source`, the one of `step`, or the best: see `best_step`,
+    `source_of_run` and `export_model`.
 
     Raises:
         ValueError: no such checkpoint or damaged files, and as `export_model`.
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
+    step = best_step(Path(source)) if best else step
     return export_model(source_of_run(Path(source), step, describe_data), out, **options)
 
 
@@ -92,10 +95,8 @@ def export_model(
 
     `dtype` is bf16, fp16 or fp32, by default the training dtype. A source without a probe of the live engine is
     exported only where `ungated` allows it. With `gguf` the folder also holds the model as one file for llama.cpp,
-    which is read back and compared, too. `progress(done_bytes, total_bytes)` is called while weights are written.
-    The folder is written under a temporary name, checked by `export_gate.py` in a fresh process and renamed; one that
-    fails the gate is renamed `<out>.failed`. Returns what was written and, for each check of the gate, its sentence;
-    the folder's `export_report.json` has the numbers.
+    which is compared, too. The folder is written under a temporary name, checked by `export_gate.py` and renamed; one
+    that fails is renamed `<out>.failed`. Returns what was written and, for each check of the gate, its sentence.
 
     Raises ValueError for an `out` that is not empty, damaged files, a tokenizer that does not fit, too little disk or
     memory, or where the gate found the folder unequal to the live engine.

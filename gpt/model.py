@@ -285,3 +285,10 @@ def describe_model(model: "PreTrainedModel", precision: str) -> str:
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
     of_them = f" ({frozen:,} of them frozen)" if frozen else ""
     return f"{count_parameters(model)[0]:,} parameters{of_them}, {type(model).__name__}, {precision}"
+
+
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Names under which a parameter appears again -> the name that `named_parameters` gives it."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    everywhere = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in everywhere if first[id(parameter)] != name}

@@ -238,7 +238,7 @@ class Checkpoint(Section):
     keep_every_steps: PositiveInt | None = None
     """Also keep, for ever, each whose step is a multiple of this."""
     keep_best: PositiveInt | None = None
-    """Also keep the so many with the lowest validation loss at their step. Every save needs an evaluation for that."""
+    """Also keep the so many that are best by evaluate.metric at their step. Every save needs an evaluation for that."""
     weights_only_after: PositiveInt | None = None
     """Keep the optimizer's moments of the newest so many only: the older ones shrink to a third, can still be exported
     and evaluated, but no run can resume from them."""
@@ -269,6 +269,15 @@ class Divergence(Section):
     """How often a run goes back, over all its starts; the next time it stops."""
 
 
+class EarlyStopping(Section):
+    """The run ends when validation no longer gets better."""
+
+    patience_evaluations: PositiveInt = 3
+    """End after so many evaluations in a row that were no improvement."""
+    minimum_improvement: Annotated[Float, Field(ge=0)] = 0.0
+    """By more than this, in the metric's own unit, an evaluation must be better than the best before, to be one."""
+
+
 class Evaluate(Section):
     """Validation while training."""
 
@@ -276,6 +285,12 @@ class Evaluate(Section):
     """Evaluate each so many steps, and always at the end. null: only at the end."""
     batches: PositiveInt | None = None
     """Global batches of validation data per evaluation, from the start, in fixed order. null: all of it."""
+    metric: Literal["loss", "perplexity", "accuracy", "bits_per_byte"] = "loss"
+    """What tells the best step, for early_stopping, checkpoint.keep_best and `trainyard export --best`: the highest
+    accuracy, the lowest of the others."""
+    early_stopping: EarlyStopping | None = None
+    """End the run, with a checkpoint, when the metric no longer gets better. checkpoint.keep_best keeps the best one.
+    null: off."""
     sample_prompt: Annotated[str, Field(min_length=1)] | None = None
     """Prompt of the text sample that every evaluation writes to TensorBoard: a user's message for chat data, else the
     beginning of a text. null: the first 16 tokens of the validation set (the first message for chat data)."""
@@ -365,6 +380,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _best_is_known(self) -> "Recipe":
         saves, evaluations = self.checkpoint.every_steps, self.evaluate.every_steps
+        if self.evaluate.early_stopping is not None and (self.data.validation is None or evaluations is None):
+            raise ValueError(
+                f"evaluate.early_stopping waits for evaluate.metric {self.evaluate.metric}, which is never computed "
+                f"while training: give data.validation (now {self.data.validation}) and evaluate.every_steps (now "
+                f"{evaluations})"
+            )
         if self.checkpoint.keep_best is None:
             return self
         if self.data.validation is None or saves is None or evaluations is None or saves % evaluations:

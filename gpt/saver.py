@@ -112,6 +112,7 @@ class Saver:
         self._plan, self._state, self._ranks, self._owner = plan, state, ranks, owner
         self._generation, self._sync = generation, sync
         self._settings, self._run = plan.recipe.checkpoint, plan.recipe.run_directory()
+        self._metric = plan.recipe.evaluate.metric
         self.probe_from_training = probe_from_training
         self._buffers = HostBuffers()
         self._save: _Save | None = None
@@ -358,7 +359,9 @@ class Saver:
         owner.note_event("checkpoint committed", step=save.step, bytes=size, seconds=seconds)
         try:
             remove_leftovers(self._run, self._generation)
-            done = apply_retention(self._run, self._settings, save.step, self._generation, owner.check_ownership)
+            done = apply_retention(
+                self._run, self._settings, save.step, self._generation, owner.check_ownership, self._metric
+            )
             for deed, step in done:
                 owner.note_event(deed, step=step)
         except OSError as error:  # the checkpoint is there all the same; the next one's commit tries again

@@ -22,7 +22,7 @@ from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenize
 from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
-from gpt.model import build_config, check_weights
+from gpt.model import DTYPES, build_config, check_weights, elements_of, tied_names
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
@@ -93,6 +93,11 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
                 f"{name} was prepared with another tokenizer than {recipe.tokenizer} (or that one changed since): "
                 f"prepare the data again with --tokenizer {recipe.tokenizer}, or name the one it was prepared with"
             )
+    if validation is not None and recipe.evaluate.metric == "bits_per_byte" and token_byte_lengths(tokenizer) is None:
+        raise ValueError(
+            f"evaluate.metric bits_per_byte is never computed with {recipe.tokenizer}: the bytes of its tokens are "
+            "unknown; choose loss"
+        )
     config = build_config(recipe.model, tokenizer, length)
     check_weights(recipe.model, config, recipe.precision)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
@@ -128,7 +133,6 @@ def check(recipe: Recipe, world_size: int) -> RunPlan:
     """`plan_run`, a look at every data file, and at the budget for checkpoints. The launcher does it before it starts
     processes; of a run on several hosts one rank of each, so that all of them hear what is wrong on one."""
     from gpt.checkpoint.retention import check_budget
-    from gpt.model import elements_of
 
     plan = plan_run(recipe, world_size)
     if recipe.checkpoint.budget_bytes is not None:
@@ -262,7 +266,6 @@ def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, li
 
 def _needs(plan: RunPlan, world_size: int) -> Any:
     """What the run takes; None, with a warning, for a model that cannot be made without memory to count its weights."""
-    from gpt.model import elements_of
     from gpt.preflight import Needs
 
     try:
@@ -294,7 +297,7 @@ def _run_claimed(
 ) -> int | None:
     from gpt import distributed
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import DTYPES, count_parameters, describe_model
+    from gpt.model import count_parameters, describe_model
     from gpt.optimizer import build_optimizer
     from gpt.resume import load_newest, resume, samples_left_out
     from gpt.trainer import BatchSource, Trainer
@@ -376,7 +379,8 @@ def _fit(trainer: Any) -> None:
     if trainer.owner is not None and trainer.metrics is not None:
         trainer.metrics.close()
         if trainer.stopped_at is None:
-            trainer.owner.write_event("end", step=trainer.schedule.total_steps)
+            why = {"reason": trainer.ended_early} if trainer.ended_early is not None else {}
+            trainer.owner.write_event("end", step=trainer.last_step, **why)
 
 
 def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrainedModel", int, Callable[[], Any]]:
@@ -397,7 +401,6 @@ def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrained
 def _check_isolation(plan: RunPlan, trainer: Any) -> None:
     """Where rows may hold several documents: refuse a model that does not keep them apart."""
     from gpt.isolation import check_isolation
-    from gpt.model import DTYPES
 
     if not any(stream is not None and stream.may_join_documents for stream in (plan.training, plan.validation)):
         return
@@ -426,13 +429,6 @@ def _open_metrics(plan: RunPlan, owner: Any, resumed: int) -> Any:
         metrics.write_text("recipe", yaml.safe_dump(plan.recipe.model_dump(), sort_keys=False), 0)
         metrics.write_text("environment", (owner.path / "environment.json").read_text(encoding="utf-8"), 0)
     return metrics
-
-
-def tied_names(model: torch.nn.Module) -> dict[str, str]:
-    """Names under which a parameter appears again -> the name that `named_parameters` gives it."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    everywhere = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in everywhere if first[id(parameter)] != name}
 
 
 def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
@@ -467,7 +463,7 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
 
 
 def _build_evaluation(plan: RunPlan) -> Callable[..., Any] | None:
-    from gpt.evaluate import RunEvaluation
+    from gpt.evaluate import RunEvaluation, end_token_ids
 
     if plan.validation is None:
         return None
@@ -502,17 +498,6 @@ def sample_prompt(plan: RunPlan) -> list[int]:
             f"evaluate.sample_prompt has {len(ids)} tokens, but data.sequence_length is {length}: shorten the prompt"
         )
     return ids
-
-
-def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's end token and, in a chat, the end of a turn."""
-    return frozenset(i for i in (tokenizer.eos_token_id, *_end_of_turn(tokenizer)) if i is not None)
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    names = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
-    known = tokenizer.get_vocab()
-    return [known[name] for name in names if name in known and name in (tokenizer.chat_template or "")]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from gpt.batch import BatchPlan, BatchPositions, MicroBatch, Rows, micro_batches
 from gpt.checkpoint.format import Manifest
 from gpt.distributed import Ranks
 from gpt.divergence import Fault, LossWatch, Origin, RandomState, first_non_finite, random_state, set_random_state
+from gpt.early_stopping import Patience, cost, evaluations
 from gpt.heartbeat import STRAGGLER_STEPS, Heartbeat, Stragglers, busy_seconds, read_beat
 from gpt.loss import cross_entropy_sum, loss_for_backward
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib, recent_losses
@@ -133,10 +134,13 @@ class Trainer:
         self._stop_at = self.schedule.total_steps
         self._loaded_step = self.first_step - 1
         self._watch = self._new_watch()
+        self._patience = self._new_patience()
         self._fault: Fault | None = None
         self._postponed = False
         self.stopped_at: int | None = None
         """The last step before a requested stop; None where nobody asked for one."""
+        self.ended_early: str | None = None
+        """Why early stopping ended the run; None where it did not."""
 
     def fit(self) -> None:
         """Train from `first_step` to the end of the schedule, evaluating and saving on the way and at the end.
@@ -146,10 +150,11 @@ class Trainer:
         Raises:
             ValueError: the run has diverged and cannot go back, too many saves in a row failed, or the last one did.
         """
-        self._restore_watch()
         step = self.first_step - 1
+        if (reason := self._restore_watch()) and step < self.schedule.total_steps:
+            self._end_early(step, reason)
         try:
-            while step < self.schedule.total_steps:
+            while step < self._stop_at:
                 step += 1
                 self._phase("waiting for data", step)
                 batch = self.take(step)
@@ -173,6 +178,10 @@ class Trainer:
             record |= evaluation.metrics
             if self.metrics is not None and evaluation.sample_text is not None:
                 self.metrics.write_text("evaluate/sample", evaluation.sample_text, step)
+            if self._patience is not None and step < self.schedule.total_steps:
+                value = cost(self._patience.metric, evaluation.metrics["evaluate/" + self._patience.metric])
+                if reason := self._patience.see(step, value):
+                    self._end_early(step, reason)
         if self.metrics is not None:
             self.metrics.write(step, record)
         save = self._postponed or self._is_due(step, self.recipe.checkpoint.every_steps)
@@ -202,6 +211,18 @@ class Trainer:
             self._finish_save(step)
         elif step > self._loaded_step and self.saver.committed_step != step:
             self._save(step, None)
+
+    def _end_early(self, step: int, reason: str) -> None:
+        """Make `step` the run's last one."""
+        self._stop_at, self.ended_early = step, reason
+        if self.owner is not None:
+            self.owner.note_event("early stopping", step=step, reason=reason)
+            print(f"early stopping after step {step}: {reason}", flush=True)
+
+    @property
+    def last_step(self) -> int:
+        """Of the run, as far as is known: the schedule's, or an earlier one."""
+        return self._stop_at
 
     def train_step(self, step: int, batch: "StepBatch") -> Record:
         """One optimizer step; returns the step's record (complete on rank 0 only)."""
@@ -288,11 +309,23 @@ class Trainer:
 
         return LossWatch(self.recipe.divergence, warmup_steps, stage)
 
-    def _restore_watch(self) -> None:
-        """The watch as it was after the newest step of metrics.jsonl: on rank 0's word, since the file is its own."""
+    def _new_patience(self) -> Patience | None:
+        settings = self.recipe.evaluate
+        return Patience(settings.early_stopping, settings.metric) if settings.early_stopping is not None else None
+
+    def _restore_watch(self) -> str | None:
+        """The watches as they were after the newest step of metrics.jsonl: on rank 0's word, since the file is its own.
+
+        Returns the reason where the run should not go on from there.
+        """
         self._watch, self._fault, self._postponed = self._new_watch(), None, False
         past = recent_losses(self.run / "metrics.jsonl", self._watch.memory_steps) if self.ranks.is_first else None
         self._watch.restore(*distributed.broadcast(past))
+        self._patience = self._new_patience()
+        if self._patience is None:
+            return None
+        seen = evaluations(self.run, self._patience.metric) if self.ranks.is_first else None
+        return self._patience.restore(distributed.broadcast(seen))
 
     def _roll_back(self, step: int, fault: Fault) -> int:
         """Go back to the newest good checkpoint, without the samples of the steps at fault; returns its step.

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 refused or failed with one sentence, 2 wrong arguments, 85 stopped on request, to be continued,
 128 + n ended by signal n.
-A command's parameters are its options, so `prepare` has more than 60 lines.
+A command's parameters are its options, so `prepare` and `submit` have more than 60 lines.
 Modules of the project are imported inside the commands, because torch alone takes longer than `--help` should.
 """
 
@@ -18,6 +18,13 @@ import typer
 
 from launch import model_commands
 from launch.console import AsJson, answering, print_values, progress_bar
+
+RecipeFile = Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")]
+Processes = Annotated[int | None, typer.Option(help="Worker processes here; default: one per GPU, else 2.")]
+Nodes = Annotated[int, typer.Option(help="Hosts of the run; this command is started on each.")]
+NodeRank = Annotated[int, typer.Option(help="This host's number, from 0.")]
+Rendezvous = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Address of host 0, for nodes > 1.")]
 
 app = typer.Typer(
     name="trainyard",
@@ -193,14 +200,12 @@ def preview(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Worker processes here; default: one per GPU, else 2.")] = None,
-    nodes: Annotated[int, typer.Option(help="Hosts of the run; this command is started on each.")] = 1,
-    node_rank: Annotated[int, typer.Option(help="This host's number, from 0.")] = 0,
-    rendezvous: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address of host 0, for nodes > 1.")
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = None,
     fork: Annotated[
         str | None, typer.Option(metavar="NEW_NAME", help="New run from this run's newest weights.")
     ] = None,
@@ -239,14 +244,12 @@ def train(
 
 @app.command()
 def preflight(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, as for `train`.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Worker processes here; default: one per GPU, else 2.")] = None,
-    nodes: Annotated[int, typer.Option(help="Hosts of the run; this command is started on each.")] = 1,
-    node_rank: Annotated[int, typer.Option(help="This host's number, from 0.")] = 0,
-    rendezvous: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address of host 0, for nodes > 1.")
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = None,
     as_json: AsJson = False,
 ) -> None:
     """Look whether a run will work, with the ranks that it will have: hosts, versions, network, disk, memory, data.
@@ -280,10 +283,10 @@ def _stop_before_start(number: int, frame: Any) -> None:
 
 @app.command()
 def submit(
-    recipe: Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")],
+    recipe: RecipeFile,
     nodes: Annotated[int, typer.Option(help="Nodes of the job.")],
     processes_per_node: Annotated[int, typer.Option(help="Worker processes of each node: one a GPU where it has any.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")] = None,
+    overrides: Overrides = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node.")] = None,
     cpus_per_process: Annotated[
         int | None, typer.Option(help="Cores for each process; default: 1, and all of the node with --exclusive.")

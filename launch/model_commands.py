@@ -88,6 +88,9 @@ def export(
     source: Annotated[Path, typer.Argument(help="Run directory, or a folder of DeepSpeed's own save_checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of the model to write; must not exist or be empty.")],
     step: Annotated[int | None, typer.Option(help="Step of a run's checkpoint; default: the newest.")] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Instead: the run's best checkpoint, by its recipe's evaluate.metric.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
@@ -120,8 +123,12 @@ def export(
     from gpt.export import export_deepspeed, export_run
 
     foreign = is_deepspeed_checkpoint(source)
-    if foreign and step is not None:
-        raise typer.BadParameter("--step is for runs; name the tag folder of a DeepSpeed checkpoint instead")
+    if best and step is not None:
+        raise typer.BadParameter("give --step or --best, not both")
+    if foreign and (best or step is not None):
+        raise typer.BadParameter(
+            "--step and --best are for runs; name the tag folder of a DeepSpeed checkpoint instead"
+        )
     if not foreign and (config or tokenizer or trust_pickle):
         raise typer.BadParameter("--config, --tokenizer and --trust-pickle are for DeepSpeed checkpoints")
     with answering(as_json) as answer:
@@ -132,7 +139,7 @@ def export(
                 given |= {"config": config, "tokenizer": tokenizer, "trust_pickle": trust_pickle}
                 report = export_deepspeed(source, out, **given)
             else:
-                report = export_run(source, out, step=step, describe_data=describe_origin, **given)
+                report = export_run(source, out, step=step, best=best, describe_data=describe_origin, **given)
         answer(report)
         if not as_json:
             print_values(report)

@@ -35,7 +35,8 @@ def judge(facts: RunFacts) -> State:
     """The state of a run: the newest sign counts."""
     end = facts.last("end", "start", "continue")
     if end is not None and end["event"] == "end" and end["generation"] == facts.generation:
-        return State("finished", f"it came to its end at step {end.get('step')}")
+        why = f": {end['reason']}" if "reason" in end else ""
+        return State("finished", f"it came to its end at step {end.get('step')}{why}")
     alive = [beat for beat in facts.beats if is_alive(beat, facts)]
     if alive:
         return _judge_living(facts, alive)

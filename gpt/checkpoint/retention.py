@@ -22,6 +22,7 @@ from gpt.checkpoint.format import (
     temporary_checkpoint_directory,
     write_manifest,
 )
+from gpt.early_stopping import checkpoint_costs
 from gpt.recipe import Checkpoint
 
 BYTES_PER_ELEMENT, WEIGHTS_BYTES_PER_ELEMENT = 12, 4
@@ -31,15 +32,16 @@ CHUNK_ELEMENTS = 2**20
 
 
 def apply_retention(
-    run: Path, settings: Checkpoint, newest: int, generation: int, check_ownership: Callable[[], None]
+    run: Path, settings: Checkpoint, newest: int, generation: int, check_ownership: Callable[[], None], metric: str
 ) -> Iterator[tuple[str, int]]:
     """After `newest` was committed: delete and reduce what the recipe says, giving each deed's ("checkpoint deleted" or
     "checkpoint reduced to weights", step) when it is done. What `check_ownership` raises before a deed, it is not done.
+    The best are those by `metric` (evaluate.metric).
 
     A kill at any point leaves whole checkpoints only: a doomed one gets a temporary name first.
     """
     steps = [step for step in list_checkpoints(run) if step <= newest]
-    kept = kept_steps(settings, {step: _loss(run, step) if settings.keep_best else None for step in steps})
+    kept = kept_steps(settings, checkpoint_costs(run, steps, metric) if settings.keep_best else dict.fromkeys(steps))
     for step in steps:
         if step not in kept:
             check_ownership()
@@ -61,14 +63,14 @@ def apply_retention(
                 del sizes[step]
 
 
-def kept_steps(settings: Checkpoint, losses: Mapping[int, float | None]) -> set[int]:
-    """Of the steps with their validation losses (None: not evaluated there), those that the recipe keeps."""
-    steps = sorted(losses)
+def kept_steps(settings: Checkpoint, costs: Mapping[int, float | None]) -> set[int]:
+    """Of the steps with their costs (less is better; None: not evaluated there), those that the recipe keeps."""
+    steps = sorted(costs)
     kept = set(steps[-settings.keep_last :])
     if settings.keep_every_steps is not None:
         kept |= {step for step in steps if step % settings.keep_every_steps == 0}
     if settings.keep_best is not None:
-        rated = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+        rated = sorted((cost, step) for step, cost in costs.items() if cost is not None)
         kept |= {step for _, step in rated[: settings.keep_best]}
     return kept
 
@@ -156,13 +158,6 @@ def _delete(run: Path, step: int, generation: int) -> tuple[str, int]:
     checkpoint_directory(run, step).rename(doomed)
     shutil.rmtree(doomed)
     return "checkpoint deleted", step
-
-
-def _loss(run: Path, step: int) -> float | None:
-    try:
-        return read_manifest(checkpoint_directory(run, step)).evaluate_loss
-    except ValueError:  # damaged: it is no good one
-        return None
 
 
 def _size(directory: Path) -> int:

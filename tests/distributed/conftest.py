@@ -1,21 +1,14 @@
 """Prepared data and the uninterrupted run that others are held against."""
 
 import pytest
-from live_runs import PLAYS, Runs, trainyard
+from live_runs import Runs, prepare_play
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A directory with one play prepared for training and a part of another for validation."""
     folder = tmp_path_factory.mktemp("runs")
-    lines = (PLAYS / "train" / "hamlet.txt").read_text(encoding="utf-8")
-    (folder / "train.txt").write_text(lines[:60_000], encoding="utf-8")
-    (folder / "validation.txt").write_text(lines[60_000:70_000], encoding="utf-8")
-    trainyard(
-        *("prepare", "--input", "train.txt", "--validation-input", "validation.txt"),
-        *("--train-tokenizer", "600", "--out", "data"),
-        cwd=folder,
-    )
+    prepare_play(folder)
     return Runs(folder)
 
 

@@ -43,6 +43,18 @@ def trainyard(*arguments: str, cwd: Path, check: bool = True) -> subprocess.Comp
     return done
 
 
+def prepare_play(folder: Path) -> None:
+    """`folder / "data"`: a part of a play for training and another for validation."""
+    lines = (PLAYS / "train" / "hamlet.txt").read_text(encoding="utf-8")
+    (folder / "train.txt").write_text(lines[:60_000], encoding="utf-8")
+    (folder / "validation.txt").write_text(lines[60_000:70_000], encoding="utf-8")
+    trainyard(
+        *("prepare", "--input", "train.txt", "--validation-input", "validation.txt"),
+        *("--train-tokenizer", "600", "--out", "data"),
+        cwd=folder,
+    )
+
+
 def run_interpreter(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment())
 

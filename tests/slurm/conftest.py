@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
-from live_runs import PLAYS, trainyard
+from live_runs import prepare_play
 from slurm_runs import MINI_CLUSTER, NODES, SlurmRuns
 
 
@@ -45,14 +45,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def runs(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> SlurmRuns:
     """Runs on the cluster, of one play that is prepared for training and a part of another for validation."""
     folder = tmp_path_factory.mktemp("slurm-runs")
-    lines = (PLAYS / "train" / "hamlet.txt").read_text(encoding="utf-8")
-    (folder / "train.txt").write_text(lines[:60_000], encoding="utf-8")
-    (folder / "validation.txt").write_text(lines[60_000:70_000], encoding="utf-8")
-    trainyard(
-        *("prepare", "--input", "train.txt", "--validation-input", "validation.txt"),
-        *("--train-tokenizer", "600", "--out", "data"),
-        cwd=folder,
-    )
+    prepare_play(folder)
     return SlurmRuns(folder)
 
 

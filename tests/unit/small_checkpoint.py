@@ -18,7 +18,7 @@ from gpt.checkpoint.format import (
     write_manifest,
 )
 from gpt.checkpoint.read import TORCH_DTYPES
-from gpt.train import tied_names
+from gpt.model import tied_names
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -92,7 +92,9 @@ def test_a_full_disk_ends_no_heartbeat(tmp_path: Path, monkeypatch: pytest.Monke
     heartbeat.progress("step", 1)
     until(lambda: read_beat(tmp_path, 1, 0).step == 1)  # type: ignore[union-attr]
     monkeypatch.setattr(Path, "replace", full)
+    before = len(failed)
     heartbeat.end()  # raises nothing: it would hide why the run ended
+    assert len(failed) > before and not read_beat(tmp_path, 1, 0).ended  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("hang", "stale", "interval"), [(600, 60, 5.0), (4, 60, 1.0), (600, 2, 0.5)])

@@ -35,6 +35,8 @@ def trainyard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
         ("evaluate", "m", "--data", "d", "--task", "t"),
         ("evaluate", "m", "--data", "d", "--predictions", "p"),
         ("evaluate", "m", "--task", "t", "--sequences", "1"),
+        ("evaluate", "m", "--data", "d", "--baseline", "b"),
+        ("export", "runs/x", "--out", "o", "--best", "--step", "3"),
     ],
 )
 def test_wrong_arguments_are_exit_code_2(arguments: tuple[str, ...]) -> None:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
+from stand_in import stand_in_recipe, stand_in_worker
 
 from gpt.recipe import Faults, Recipe
-from gpt.recipe_file import parse_recipe
 from launch import local, watch
 
-PROJECT = Path(__file__).resolve().parents[2]
 WORKER = """
 import json, os, pathlib, signal, sys, time
 rank = int(os.environ["RANK"])
@@ -39,33 +37,13 @@ def wait_for(file):
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    content: dict[str, Any] = {
-        "name": "launched",
-        "runs_directory": str(tmp_path / "runs"),
-        "model": {"config": {"model_type": "llama"}},
-        "tokenizer": "none",
-        "data": {"train": [{"path": "none"}], "sequence_length": 8},
-        "train": {"global_batch_tokens": 16, "micro_batch_sequences": 1, "steps": 1},
-        "optimizer": {"learning_rate": 1e-3},
-        "faults": {"restarts": 0},
-    }
-    return parse_recipe(content, "test")
+    return stand_in_recipe(tmp_path, "launched")
 
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Gives the function that sets what every worker process runs."""
-    monkeypatch.setattr(local, "WORKER_MODULE", "stand_in_worker")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(PROJECT)]))
-    monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("TRAINYARD_RECIPE", raising=False)
-
-    def write(code: str) -> None:
-        (tmp_path / "stand_in_worker.py").write_text(WORKER + textwrap.dedent(code))
-
-    return write
+    return stand_in_worker(monkeypatch, tmp_path, WORKER)
 
 
 def worker_processes() -> list[psutil.Process]:

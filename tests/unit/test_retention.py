@@ -22,7 +22,7 @@ def make_run(run: Path, losses: dict[int, float | None]) -> None:
 
 
 def tidy(run: Path, newest: int, **settings: Any) -> list[tuple[str, int]]:
-    return list(apply_retention(run, Checkpoint(**settings), newest, 1, check_ownership=lambda: None))
+    return list(apply_retention(run, Checkpoint(**settings), newest, 1, check_ownership=lambda: None, metric="loss"))
 
 
 @pytest.mark.parametrize("settings", [{"keep_last": 1}, {"weights_only_after": 1}, {"budget_bytes": 1}])
@@ -34,7 +34,7 @@ def test_a_start_that_was_superseded_changes_no_checkpoint(tmp_path: Path, setti
         raise SupersededError
 
     with pytest.raises(SupersededError):
-        list(apply_retention(run, Checkpoint(**settings), 2, 1, superseded))
+        list(apply_retention(run, Checkpoint(**settings), 2, 1, superseded, "loss"))
     assert list_checkpoints(run) == [1, 2] and not read_manifest(checkpoint_directory(run, 1)).weights_only
 
 

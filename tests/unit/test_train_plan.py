@@ -18,16 +18,16 @@ from recipe_samples import PreparedData, make_recipe
 from transformers import AutoTokenizer
 
 from gpt import distributed, preflight, train
+from gpt.evaluate import end_token_ids
+from gpt.model import tied_names
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory, tokenizer_checksums
 from gpt.train import (
     _build_evaluation,
     _describe_run,
     check,
-    end_token_ids,
     plan_run,
     sample_prompt,
-    tied_names,
     total_steps,
 )
 
@@ -63,6 +63,15 @@ def test_a_good_recipe_is_planned_and_described(prepared_data: PreparedData, tmp
     assert f"length: 10 steps of 256 tokens = 2,560 tokens, {epochs:.2f} epochs" in text
     assert "last step" in text
     assert not (tmp_path / "small").exists()  # a plan writes nothing
+
+
+def test_a_metric_that_the_tokenizer_never_gives_is_refused(
+    prepared_data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(prepared_data.text, tmp_path, {"evaluate": {"metric": "bits_per_byte"}})
+    plan_run(recipe, world_size=2)
+    monkeypatch.setattr(train, "token_byte_lengths", lambda tokenizer: None)
+    assert "evaluate.metric bits_per_byte is never computed with" in refusal(recipe)
 
 
 def test_a_launcher_checks_a_recipe_without_importing_models(prepared_data: PreparedData, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -16,17 +15,16 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from stand_in import stand_in_recipe, stand_in_worker
 
 from gpt.metrics import MetricsWriter
 from gpt.recipe import Faults, Recipe
-from gpt.recipe_file import parse_recipe
 from gpt.run_directory import NotMetError, RunDirectory
 from launch import local, status, why
 from launch.cli import app
 from launch.log_folder import refusals_recorded
 from launch.submitted import SubmittedJob, SweepRun, write_submitted, write_sweep
 
-PROJECT = Path(__file__).resolve().parents[2]
 RANK = """
 import json, os, pathlib, signal, sys, time
 from gpt.heartbeat import Heartbeat, answer_with_stacks
@@ -65,31 +63,13 @@ def end(code):
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    content: dict[str, Any] = {
-        "name": "dying",
-        "runs_directory": str(tmp_path / "runs"),
-        "model": {"config": {"model_type": "llama"}},
-        "tokenizer": "none",
-        "data": {"train": [{"path": "none"}], "sequence_length": 8},
-        "train": {"global_batch_tokens": 16, "micro_batch_sequences": 1, "steps": 1},
-        "optimizer": {"learning_rate": 1e-3},
-        "faults": {"restarts": 0},
-    }
-    return parse_recipe(content, "test")
+    return stand_in_recipe(tmp_path, "dying")
 
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Gives the function that sets what both ranks do after they have claimed the run and come to step 3."""
-    monkeypatch.setattr(local, "WORKER_MODULE", "stand_in_rank")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(PROJECT)]))
-    monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-
-    def write(code: str) -> None:
-        (tmp_path / "stand_in_rank.py").write_text(RANK + textwrap.dedent(code))
-
-    return write
+    return stand_in_worker(monkeypatch, tmp_path, RANK)
 
 
 def explained(recipe: Recipe) -> tuple[str, str, str, str]:
@@ -293,7 +273,7 @@ def launched(recipe: Recipe, ranks: Any) -> Iterator[subprocess.Popen[bytes]]:
     ranks("time.sleep(60)")
     code = (
         "import sys, json; from gpt.recipe_file import parse_recipe; from launch import local;"
-        "local.WORKER_MODULE = 'stand_in_rank';"
+        "local.WORKER_MODULE = 'stand_in_worker';"
         "sys.exit(local.run_workers(parse_recipe(json.loads(sys.argv[1]), 'test'), processes=2))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, recipe.model_dump_json()])
