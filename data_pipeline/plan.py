@@ -7,15 +7,15 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ftfy
-import stdnum
 import xxhash
 
-from data_pipeline.rules import Rules
 from data_pipeline.sources import ReadOptions, SourceFile, Unit, content_kind, content_paths, find_files, plan_units
 from data_pipeline.tokenizer import tokenizer_files
+
+if TYPE_CHECKING:  # without rules nothing of them is loaded
+    from data_pipeline.rules import Rules
 
 SPLITS = ("train", "validation")
 MAX_UNITS = 4096
@@ -37,7 +37,7 @@ class PrepareOptions:
     read: ReadOptions = field(default_factory=ReadOptions)
     validation_fraction: float = 0.01  # share of documents, where validation_inputs does not name files of their own
     validation_inputs: list[str] = field(default_factory=list)
-    rules: Rules | None = None  # what is repaired and dropped
+    rules: "Rules | None" = None  # what is repaired and dropped
     rules_file: str = ""  # its name, for the command line
     seed: int = 0
     tokenizer_sample_bytes: int = 512 * 2**20  # of text that a tokenizer is trained on, at most
@@ -79,7 +79,7 @@ class Plan:
     units: tuple[Unit, ...]
     kind: str  # "text" or "chat"
     splits: tuple[str, ...]
-    rules: Rules | None
+    rules: "Rules | None"
     seed: int
     validation_threshold: int | None  # content hashes below it fall to validation; None: by file
     weights: tuple[int, ...]  # bytes of input of each unit, at least 1
@@ -180,6 +180,9 @@ def _identity(
         "units": [[[part.file, part.begin, part.end] for part in unit.parts] for unit in units],
     }
     if options.rules is not None:
+        import ftfy
+        import stdnum
+
         tables = {"ftfy": ftfy.__version__, "stdnum": stdnum.__version__, "unicode": unicodedata.unidata_version}
         choices["rules"] = [RULES_VERSION, options.rules.model_dump(), tables]
     if options.tokenizer is not None:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 FILES_SHOWN = 30
 SHOWN = ("kind", "tokenizer", "documents", "text_bytes", "splits", "duplicates", "skipped_rows", "cut_short", "task")
 COLOURS = {
@@ -38,6 +36,8 @@ def summarize(report: dict[str, Any]) -> dict[str, Any]:
 
 def render_page(report: dict[str, Any]) -> str:
     """The report as one HTML file without scripts, fonts or images of others. Texts of the data are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # `summarize` needs none
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )

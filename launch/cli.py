@@ -12,12 +12,15 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launch import model_commands
 from launch.console import AsJson, answering, print_values, progress_bar
+
+if TYPE_CHECKING:
+    from data_pipeline.rules import Rules
 
 RecipeFile = Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe values.")]
@@ -96,10 +99,8 @@ def prepare(
     from data_pipeline.prepare import PrepareOptions, parse_task
     from data_pipeline.prepare import prepare as run_prepare
     from data_pipeline.report import summarize
-    from data_pipeline.rules import Rules
     from data_pipeline.sources import ReadOptions
     from data_pipeline.templates import load_template
-    from gpt.recipe_file import load_section
     from launch.environment import usable_cores
 
     delimiter = "\t" if delimiter == "\\t" else delimiter  # a shell passes the two characters
@@ -121,7 +122,7 @@ def prepare(
         ),
         validation_fraction=validation_fraction,
         validation_inputs=validation_input or [],
-        rules=None if rules is None else load_section(Rules, rules, "rules"),
+        rules=None if rules is None else _load_rules(rules),
         rules_file=rules or "",
         seed=seed,
         workers=workers or usable_cores(),
@@ -134,6 +135,13 @@ def prepare(
         answer(report)
         if not as_json:
             print_values(summarize(report) | ({"report": str(out / "report.html")} if "splits" in report else {}))
+
+
+def _load_rules(file: str) -> "Rules":
+    from data_pipeline.rules import Rules
+    from gpt.recipe_file import load_section
+
+    return load_section(Rules, file, "rules")
 
 
 @app.command()
