@@ -204,7 +204,7 @@ def _check_room(
     """
     names = {tensor.name for tensor in tensors}
     joined = [p.numel() for name, p in model.named_parameters() if name not in names]
-    writing = max([4 * CHUNK_ELEMENTS, *(2 * elements for elements in joined)]) * 4 + 2 * BLOCK_BYTES
+    writing = max([5 * CHUNK_ELEMENTS, *(2 * elements for elements in joined)]) * 4 + 2 * BLOCK_BYTES
     place = next(parent for parent in out.absolute().parents if parent.exists())
     weights = sum(tensor.size_bytes for tensor in tensors)
     free, needed = shutil.disk_usage(place).free, weights * (2 if gguf else 1) + OTHER_FILES_BYTES

@@ -1,9 +1,11 @@
 """What an export reads from: trained weights by name, and what else the folder tells of them."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -71,13 +73,17 @@ class CheckpointWeights:
         self.config = reader.manifest.model_config_dict
         self.shapes = {entry.name: tuple(entry.shape) for entry in reader.manifest.parameters}
         self.buffers = reader.manifest.buffers
+        ranges = [_Range(e.name, s) for e in reader.manifest.parameters for s in range(0, e.elements, CHUNK_ELEMENTS)]
+        self._following = dict(pairwise([*ranges, None]))
+        self._ahead: tuple[_Range, Future[torch.Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1, "read ahead")  # alone, since a reader is for one thread
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """As `WeightSource`; the pieces together have the norm that the live engine recorded."""
         entry = self._reader.manifest.parameters[self._reader.index(name)]
         square = 0.0
         for start in range(0, entry.elements, CHUNK_ELEMENTS):
-            values = self._reader.read_range(entry.weights, name, start, min(CHUNK_ELEMENTS, entry.elements - start))
+            values = self._take(_Range(name, start))
             square += sum_of_squares(values)
             yield values
         norm, recorded = square**0.5, self._reader.manifest.norms.get(name, {}).get(entry.weights)
@@ -86,9 +92,31 @@ class CheckpointWeights:
                 f"{name} in {self.directory} has the L2 norm {norm:.9g}, but the live engine recorded {recorded}."
             )
 
+    def _take(self, wanted: "_Range") -> torch.Tensor:
+        """Read a range; the one that follows it, also in the next parameter, is read while the caller uses this one."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != wanted:
+            ahead = wanted, self._thread.submit(self._read, wanted)
+        values = ahead[1].result()
+        if (following := self._following[wanted]) is not None:
+            self._ahead = following, self._thread.submit(self._read, following)
+        return values
+
+    def _read(self, wanted: "_Range") -> torch.Tensor:
+        entry = self._reader.manifest.parameters[self._reader.index(wanted.name)]
+        count = min(CHUNK_ELEMENTS, entry.elements - wanted.start)
+        return self._reader.read_range(entry.weights, wanted.name, wanted.start, count)
+
     def buffer(self, name: str) -> torch.Tensor:
         """As `WeightSource`."""
-        return self._reader.read_buffer(name)
+        return self._thread.submit(self._reader.read_buffer, name).result()
+
+
+class _Range(NamedTuple):
+    """A chunk of a parameter."""
+
+    name: str
+    start: int
 
 
 def source_of_run(
