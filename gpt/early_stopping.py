@@ -51,9 +51,19 @@ def best_step(run: Path) -> int:
     return min(known)[1]
 
 
+def better_than(run: Path, step: int) -> int | None:
+    """The step of the run's best evaluation where it was better than the one of `step`, a checkpoint's."""
+    recipe = stored_recipe(run)
+    assert recipe is not None, "best_step has read it"
+    values = dict(evaluations(run, recipe.evaluate.metric))
+    best = min(values, key=lambda other: (values[other], other), default=step)
+    return best if values.get(best, math.inf) < values.get(step, math.inf) else None
+
+
 def _loss(run: Path, step: int) -> float | None:
     try:
-        return read_manifest(checkpoint_directory(run, step)).evaluate_loss
+        loss = read_manifest(checkpoint_directory(run, step)).evaluate_loss
+        return None if loss is None else cost("loss", loss)
     except ValueError:  # damaged: it is no good one
         return None
 

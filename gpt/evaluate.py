@@ -26,7 +26,7 @@ from gpt.generate import DEVICE_MAPS, DTYPES, Loading, input_device, load_model
 from gpt.loss import count_correct, cross_entropy_sum
 from gpt.metrics import Evaluation, Record
 from gpt.model import is_run_directory
-from gpt.run_directory import stored_recipe
+from gpt.run_directory import check_kept_tokenizer, stored_recipe
 from gpt.scores import require_libraries, score
 from gpt.task import load_task
 
@@ -233,6 +233,8 @@ def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:
                 f"the device map {loading.device_map} needs a model folder, but {source} is a run directory: export it"
             )
         own, device = source / "tokenizer", loading.device()
+        if own.exists():
+            check_kept_tokenizer(source)
         model: Any = load_plain_model(source, DTYPES[loading.dtype] if loading.dtype else None)
         return model.to(device), own if own.exists() else Path(recipe.tokenizer), recipe.data.sequence_length
     model = load_model(source, loading)

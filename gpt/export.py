@@ -20,7 +20,7 @@ from gpt.checkpoint.files import TensorToWrite, hash_file
 from gpt.checkpoint.format import BLOCK_BYTES, FileEntry, Precision, fsync_directory
 from gpt.checkpoint.read import TORCH_DTYPES, empty_model
 from gpt.deepspeed_checkpoint import source_of_deepspeed
-from gpt.early_stopping import best_step
+from gpt.early_stopping import best_step, better_than
 from gpt.export_check import (
     GateMemory,
     available_memory_bytes,
@@ -58,7 +58,11 @@ def export_run(
         ValueError: no such checkpoint or damaged files, and as `export_model`.
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
-    step = best_step(Path(source)) if best else step
+    if best:
+        step = best_step(Path(source))
+        if (better := better_than(Path(source), step)) is not None:
+            say = options.get("say", print)
+            say(f"warning: step {better} was better than step {step}, but has no checkpoint; see checkpoint.keep_best")
     return export_model(source_of_run(Path(source), step, describe_data), out, **options)
 
 
@@ -145,8 +149,7 @@ def _checked_out(out: Path, source: ExportSource, ungated: bool) -> Path:
     """The folder's place, where an empty folder may be. Raises ValueError where nothing may be written."""
     if out.is_symlink() or out.name in ("", ".."):  # the finished folder gets its name by a rename, which needs one
         out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; give another folder, or remove this one.")
+    _refuse_filled(out)
     if out.is_mount():
         raise ValueError(f"{out} is a mount point, which the finished folder cannot replace; give a folder in it.")
     if source.probe is None and not ungated:
@@ -155,6 +158,11 @@ def _checked_out(out: Path, source: ExportSource, ungated: bool) -> Path:
             f"--ungated exports it all the same, marked as unchecked."
         )
     return out
+
+
+def _refuse_filled(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; give another folder, or remove this one.")
 
 
 @contextlib.contextmanager
@@ -172,6 +180,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
             ) from None
         except OSError:
             pass  # no locks on this file system
+        _refuse_filled(out)  # again: the other export may have ended just now
         shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
         folder.mkdir()
         try:

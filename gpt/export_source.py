@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gpt.checkpoint.files import sum_of_squares
 from gpt.checkpoint.format import Manifest, Precision, Probe
 from gpt.checkpoint.read import NORM_TOLERANCE, CheckpointReader, newest_manifest, open_checkpoint
-from gpt.run_directory import RunDirectory, json_lines, tokenizer_checksums
+from gpt.run_directory import check_kept_tokenizer, json_lines
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -151,13 +151,8 @@ def run_tokenizer(source: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
         raise FileNotFoundError(f"The run's tokenizer cannot be loaded from {place}: {error}") from error
-    for event in RunDirectory(source).events("tokenizer kept")[-1:] if place.parent == source else ():
-        there = tokenizer_checksums(place)
-        if changed := sorted(name for name in there | event["xxh3"] if there.get(name) != event["xxh3"].get(name)):
-            raise ValueError(
-                f"{', '.join(changed)} in {place} changed since the run began, so the model did not learn with it: "
-                f"bring the old one back"
-            )
+    if place.parent == source:
+        check_kept_tokenizer(source)
     if not trained_on_chat(manifest):
         tokenizer.chat_template = None
     return tokenizer

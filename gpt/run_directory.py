@@ -286,6 +286,21 @@ def tokenizer_checksums(folder: Path) -> dict[str, str]:
     return {file.name: xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in files}
 
 
+def check_kept_tokenizer(run: Path) -> None:
+    """Raise ValueError where the run's own tokenizer is no longer that with which the model learned.
+
+    Runs that began before the event was written have none, and are not checked.
+    """
+    for event in RunDirectory(run).events("tokenizer kept")[-1:]:
+        place, before = run / "tokenizer", event["xxh3"]
+        there = tokenizer_checksums(place)
+        if changed := sorted(name for name in there | before if there.get(name) != before.get(name)):
+            raise ValueError(
+                f"{', '.join(changed)} in {place} changed since the run began, so the model did not learn with it: "
+                f"bring the old one back"
+            )
+
+
 def host_label() -> str:
     """How this host is named in what people read, and in file names: TRAINYARD_HOST, else its name."""
     return re.sub(r"[^\w.@:-]", "_", os.environ.get("TRAINYARD_HOST") or socket.gethostname())

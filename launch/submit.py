@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from gpt.recipe import Recipe
 from gpt.recipe_file import load_recipe
-from gpt.run_directory import json_lines
+from gpt.run_directory import json_lines, stored_recipe
 from launch import slurm
 from launch.hub import fetch
 from launch.slurm import Lead, Request, Task
@@ -181,8 +181,9 @@ def _checked(submission: Submission, request: Request, then_export: bool) -> tup
         run = recipe.run_directory()
         plan = check(recipe, request.nodes * request.processes_per_node)
         steps = plan.schedule.total_steps
-        ended = max((e["step"] for e in json_lines(run / "events.jsonl") if e["event"] == "end"), default=-1)
-        if ended >= steps:
+        end = [e for e in json_lines(run / "events.jsonl") if e["event"] == "end"][-1:]
+        ended = max((e["step"] for e in end), default=-1)
+        if ended >= steps or (any("reason" in e for e in end) and _same_evaluation(run, recipe)):
             finished = f"run {run} is finished already, at step {ended} of {steps}"
             if not submission.values:
                 raise ValueError(f"{finished}: export it, make train longer, or choose another name")
@@ -230,6 +231,12 @@ def _tasks(submission: Submission, folder: Path) -> list[Task]:
     return tasks
 
 
+def _same_evaluation(run: Path, recipe: Recipe) -> bool:
+    """Whether a run that ended early would do so again."""
+    stored = stored_recipe(run)
+    return stored is not None and stored.evaluate == recipe.evaluate
+
+
 def _render(
     submission: Submission, request: Request, folder: Path, tasks: list[Task], lead: Lead, *, requeue: bool
 ) -> dict[str, str]:
@@ -257,6 +264,7 @@ def _render(
             title=f"export of {what}",
             job_name=f"{submission.name}-export",
             output=f"{logs}/slurm-export-{job}.out",
+            best=all(r.evaluate.early_stopping and r.checkpoint.keep_best for r in submission.recipes),
         ),
     }
 

@@ -62,6 +62,7 @@ def scripts() -> dict[str, str]:
                 title="export of run small",
                 job_name="small-export",
                 output="/runs/small/logs/slurm-export-%j.out",
+                best=False,
             ),
         }
 

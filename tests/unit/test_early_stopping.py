@@ -12,7 +12,7 @@ from small_checkpoint import change_manifest, make_model, write_checkpoint
 
 from gpt.checkpoint.format import list_checkpoints
 from gpt.checkpoint.retention import apply_retention
-from gpt.early_stopping import Patience, best_step, cost, evaluations
+from gpt.early_stopping import Patience, best_step, better_than, cost, evaluations
 from gpt.recipe import Checkpoint, EarlyStopping
 
 
@@ -83,6 +83,22 @@ def test_the_best_is_the_best_by_the_metric(tmp_path: Path) -> None:
         list(apply_retention(run, Checkpoint(keep_last=1, keep_best=1), 50, 1, lambda: None, metric))
         assert list_checkpoints(run) == [expected, 50]
         assert best_step(run) == expected
+
+
+@pytest.mark.parametrize("losses", [{10: 2.0, 20: math.nan, 30: 1.0}, {10: math.nan, 20: 2.0, 30: 1.0}])
+def test_an_evaluation_that_is_no_number_is_the_worst(tmp_path: Path, losses: dict[int, float]) -> None:
+    make_run(tmp_path / "run", losses, {}, metric="loss")
+    assert best_step(tmp_path / "run") == 30
+    list(apply_retention(tmp_path / "run", Checkpoint(keep_last=1, keep_best=1), 40, 1, lambda: None, "loss"))
+    assert list_checkpoints(tmp_path / "run") == [30]
+
+
+def test_a_better_step_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, {20: 1.0, 30: 2.0}, {10: 0.9, 20: 0.4, 30: 0.5}, metric="accuracy")
+    assert best_step(run) == 30
+    assert better_than(run, 30) == 10
+    assert better_than(run, 10) is None
 
 
 def test_a_run_without_a_best_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from recipe_samples import make_recipe
 from safetensors.torch import load_file, save_file
 from small_checkpoint import change_manifest, in_dtype, make_model, make_tokenizer, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +20,7 @@ from gpt import export, export_check
 from gpt.checkpoint.files import VerifiedFile, hash_file
 from gpt.checkpoint.format import FileEntry, read_manifest, write_manifest
 from gpt.checkpoint.read import CheckpointReader, empty_model
+from gpt.evaluate import evaluate_path
 from gpt.export import export_run
 from gpt.export_check import end_tokens, expected_of
 from gpt.export_gate import _check_logits, check_folder, logit_tolerance
@@ -459,6 +462,9 @@ def test_damaged_or_wrong_checkpoints_are_refused_and_leave_nothing(tmp_path: Pa
     write_checkpoint(run, make_model(), data_kind="chat")
     RunDirectory(run).write_event("tokenizer kept", xxh3=tokenizer_checksums(run / "tokenizer"))
     (run / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(make_recipe().model_dump()))
+    with pytest.raises(ValueError, match=r"chat_template.jinja in .*tokenizer changed since the run began"):
+        evaluate_path(run, tmp_path / "any.txt")
     refused(r"chat_template.jinja in .*tokenizer changed since the run began")
     write_checkpoint(run, make_model(vocab_size=258))
     refused("has 260 tokens, but the model only 258")
@@ -517,3 +523,21 @@ def test_two_exports_to_one_folder_do_not_meet(tmp_path: Path) -> None:
 
     export_run(tmp_path / "run", tmp_path / "out", progress=export_again)
     assert second and report_of(tmp_path / "out")["passed"] and leftovers(tmp_path) == []
+
+
+def test_an_export_that_ends_just_before_another_one_begins_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "run", make_model())
+    plan = export.plan_tensors
+
+    def plan_while_another_ends(*arguments: Any) -> Any:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("{}")
+        return plan(*arguments)
+
+    monkeypatch.setattr(export, "plan_tensors", plan_while_another_ends)
+    monkeypatch.setattr(export, "write_weights", lambda *_: pytest.fail("it would be written for nothing"))
+    with pytest.raises(ValueError, match="out is not empty"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"

@@ -259,7 +259,7 @@ def test_interrupt_ends_all_and_keeps_what_is_done(
                 import data_pipeline.units as units
                 fill = units.UnitMaker._fill
                 def slow(self, number, splits, report):
-                    time.sleep(0.3)  # the interrupt must come before the end
+                    time.sleep(0.3 if number < 4 else 5)  # the interrupt must come before the end
                     return fill(self, number, splits, report)
                 units.UnitMaker._fill = slow
             """

@@ -312,11 +312,29 @@ def test_what_training_would_refuse_is_refused_before_submission(recipe: Path, l
     assert not (recipe.parent / "runs").exists()
 
 
-def finish(run: Path, step: int) -> None:
+def finish(run: Path, step: int, **why: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "events.jsonl").write_text(
-        json.dumps({"event": "start"}) + "\n" + json.dumps({"event": "end", "step": step})
+        json.dumps({"event": "start"}) + "\n" + json.dumps({"event": "end", "step": step} | why)
     )
+
+
+def test_a_run_that_ended_early_is_finished_until_it_would_not_end_there(recipe: Path, login_node: Path) -> None:
+    run = recipe.parent / "runs" / "small"
+    finish(run, step=5, reason="the validation loss did not get better")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(load_recipe(recipe).model_dump()))
+    assert f"run {run} is finished already, at step 5 of 10" in refusal(recipe)
+    assert submitted(recipe, "evaluate.sample_tokens=5")["job_ids"] == ["42"]
+
+
+@pytest.mark.parametrize(("keep_best", "expected"), [("1", "--best "), ("null", "")])
+def test_an_export_behind_a_run_with_early_stopping_is_of_the_best(
+    recipe: Path, login_node: Path, keep_best: str, expected: str
+) -> None:
+    early = ("evaluate.every_steps=5", "evaluate.early_stopping.patience_evaluations=2")
+    submitted(recipe, *early, "checkpoint.every_steps=5", f"checkpoint.keep_best={keep_best}", then_export=True)
+    script = recipe.parent / "runs" / "small" / "jobs" / "0001" / "export.sbatch"
+    assert f'export "$run" {expected}--out "$run/export"' in script.read_text()
 
 
 def test_a_finished_run_and_one_of_another_recipe_are_refused(recipe: Path, login_node: Path) -> None:
