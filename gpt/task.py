@@ -229,11 +229,11 @@ def _answers(task: Answered, row: dict[str, Any]) -> list[str]:
     if not answers or not all(normalized(answer, task.normalize) for answer in answers):
         raise ValueError(f"the field {task.answer} holds an answer of which nothing is left to compare: {found!r}")
     if isinstance(task, Generation) and any(metric.startswith("rouge") for metric in task.metrics):
-        for letter in "".join(answers):
-            if letter.isalpha() and not letter.isascii():
-                raise ValueError(
-                    f"the field {task.answer} holds {letter!r}, but ROUGE keeps a-z and 0-9 only: use chrf"
-                )
+        letters = [letter for letter in "".join(answers) if letter.isalpha()]
+        if 2 * sum(letter.isascii() for letter in letters) < len(letters):
+            raise ValueError(
+                f"the field {task.answer} holds {answers[0]!r}, but ROUGE keeps a-z and 0-9 only: use chrf"
+            )
     return answers
 
 
