@@ -185,24 +185,28 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Score a run directory (its newest checkpoint) or a Hugging Face folder on the questions of a task.
 
-    `predictions` gets a line for each question; `baseline` is scored likewise, for comparison. Raises as
-    `evaluate_path`, and ValueError for a bad task or question, or a library that is not installed.
+    `predictions` gets a line for each question; `baseline` is scored likewise, for comparison, and first: should it
+    fail, no scores of `source` are lost. Raises as `evaluate_path`, and ValueError for a bad task or question, or a
+    library that is not installed.
     """
     task, questions = load_task(task_file)
     require_libraries(task)
-    if baseline is not None and not baseline.exists():
-        raise FileNotFoundError(f"{baseline} does not exist: give a run directory or a model folder")
+    for model in (source, baseline):
+        if model is not None:
+            _require_model(model)
     if predictions is not None:  # a place that cannot be written is refused now, not when all is scored
         predictions.parent.mkdir(parents=True, exist_ok=True)
         predictions.open("a").close()
+    compared = {}
+    if baseline is not None:
+        other = score(*_load_with_tokenizer(baseline, loading), task, questions, progress)
+        compared = {str(baseline): {"as_chat": other.facts["as_chat"], **other.scores()}}
     scored = score(*_load_with_tokenizer(source, loading), task, questions, progress)
     if predictions is not None:
         lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in scored.predictions]
         predictions.write_text("".join(lines), encoding="utf-8")
     about = {"task": str(task_file), "kind": task.kind, "examples": len(questions), **scored.facts}
-    baselines = scored.baseline_scores()
-    if baseline is not None:
-        baselines[str(baseline)] = score(*_load_with_tokenizer(baseline, loading), task, questions, progress).scores()
+    baselines = {**scored.baseline_scores(), **compared}
     return {**about, "scores": scored.scores(), **({"baselines": baselines} if baselines else {})}
 
 
@@ -221,10 +225,14 @@ def _load_with_tokenizer(source: Path, loading: Loading | None) -> tuple[Any, Pr
     return model, tokenizer
 
 
-def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:
-    """(model, tokenizer folder, default sequence length) of a run directory or a model folder."""
+def _require_model(source: Path) -> None:
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a run directory or a model folder")
+
+
+def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:
+    """(model, tokenizer folder, default sequence length) of a run directory or a model folder."""
+    _require_model(source)
     loading = loading or Loading()
     recipe = stored_recipe(source) if is_run_directory(str(source)) else None
     if recipe is not None:

@@ -10,10 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gpt.generate import PromptEncoder, Sampling, answer_batch, input_device
-from gpt.task import Answered, AnyTask, Classification, ExactMatch, Generation, MultipleChoice, Question, normalized
+from gpt.task import (
+    NONE,
+    Answered,
+    AnyTask,
+    Classification,
+    ExactMatch,
+    Generation,
+    MultipleChoice,
+    Question,
+    normalized,
+)
 
 TOKENS_PER_FORWARD = 1024
 """Of padded rows: their logits, with a vocabulary of 50,000, are 200 MB in fp32."""
@@ -107,11 +117,7 @@ def score_multiple_choice(
     plain, per_byte, predictions, ties = [], [], [], 0
     for question in questions:
         sums = np.array([next(likelihoods) for _ in question.options])
-        if np.isnan(sums).any():
-            raise ValueError(
-                f"{question.place}: the model's logits are not numbers (NaN): its weights are damaged or too large for "
-                "its dtype; try --dtype fp32"
-            )
+        _require_numbers(question, sums)
         right = question.options.index(question.answers[0])
         sizes = np.array([len(option.encode()) for option in question.options])
         plain.append(_credit(sums, right))
@@ -157,6 +163,8 @@ def score_classification(
         _refuse_beginnings(task, encoded[0][0])
         rows = [(ids, begin) for options, begin in encoded for ids in options]
         sums = np.array(_log_likelihoods(model, rows, progress)).reshape(len(questions), len(task.labels))
+        for question, row in zip(questions, sums, strict=True):
+            _require_numbers(question, row)
         found = sums.argmax(axis=1).tolist()
         details = [{"log_likelihoods": dict(zip(task.labels, row, strict=True))} for row in sums.tolist()]
     right = [task.labels.index(question.answers[0]) for question in questions]
@@ -180,6 +188,14 @@ def score_classification(
     }
     commonest = {"majority_label": _class_statistics(right, [majority] * len(right))}
     return Scored(_class_statistics(right, found), predictions, facts, commonest)
+
+
+def _require_numbers(question: Question, sums: np.ndarray) -> None:
+    if np.isnan(sums).any():
+        raise ValueError(
+            f"{question.place}: the model's logits are not numbers (NaN): its weights are damaged or too large for its "
+            "dtype; try --dtype fp32"
+        )
 
 
 def _refuse_beginnings(task: Classification, rows: Sequence[Sequence[int]]) -> None:
@@ -212,7 +228,7 @@ def _confusion(labels: Sequence[str], right: Sequence[int], found: Sequence[int]
 
     numbers, names = list(range(len(labels))), list(labels)
     if NO_LABEL in found:
-        numbers, names = [*numbers, NO_LABEL], [*names, "(none)"]
+        numbers, names = [*numbers, NO_LABEL], [*names, NONE]
     counts = confusion_matrix(right, found, labels=numbers).tolist()
     return {label: dict(zip(names, row, strict=True)) for label, row in zip(labels, counts, strict=False)}
 
@@ -257,6 +273,8 @@ def _greedy(
 ) -> list[str]:
     """The most likely answer to each question, cut off at `stop`."""
     encoded = [_at(question, encoder.encode, _prompt(encoder, question)) for question in questions]
+    # else transformers adds the folder's own repetition_penalty and the like, and not the likeliest token is taken
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     sampling = Sampling(task.max_new_tokens)
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     answers: dict[int, str] = {}

@@ -24,6 +24,8 @@ def _template(text: str) -> str:
 
 
 Template = Annotated[str, AfterValidator(_template)]
+NONE = "(none)"
+"""How an answer that is none of the labels is named."""
 Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
 
 
@@ -98,7 +100,7 @@ class Classification(Answered):
     labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
     """All labels, as the model is to say them."""
     answer: str
-    """The field that holds the right label: its text, else its number, counted from 0."""
+    """The field that holds the right label: its text, else its number, counted from 0, where no label is a number."""
     by: Literal["likelihood", "generation"] = "likelihood"
     """likelihood: the label that is most likely as the whole answer. generation: what the model says, which must equal
     a label."""
@@ -110,6 +112,8 @@ class Classification(Answered):
         seen = [normalized(label, self.normalize) for label in self.labels]
         if "" in seen or len(set(seen)) < len(seen):
             raise ValueError(f"labels must not be empty, nor equal after normalize; they are {self.labels}")
+        if NONE in self.labels:
+            raise ValueError(f"the label {NONE!r} is the name of answers that are none of the labels: rename it")
         return self
 
 
@@ -191,6 +195,11 @@ def _choices(task: MultipleChoice | Classification, row: dict[str, Any]) -> tupl
         options = task.labels
         if (label := _text(task.answer, _value(task.answer, row))) in options:
             return options, [label]
+        if any(re.fullmatch(r"[+-]?\d+(\.\d*)?", option.strip()) for option in options):
+            raise ValueError(
+                f"{task.answer} is {row[task.answer]!r}, which is none of the labels {', '.join(map(repr, options))}; "
+                "labels that are numbers themselves are not counted from 0"
+            )
     elif isinstance(task.options, str):
         found = _value(task.options, row)
         if not isinstance(found, list):
@@ -219,6 +228,12 @@ def _answers(task: Answered, row: dict[str, Any]) -> list[str]:
     answers = [_text(task.answer, value) for value in (found if isinstance(found, list) else [found])]
     if not answers or not all(normalized(answer, task.normalize) for answer in answers):
         raise ValueError(f"the field {task.answer} holds an answer of which nothing is left to compare: {found!r}")
+    if isinstance(task, Generation) and any(metric.startswith("rouge") for metric in task.metrics):
+        letters = [letter for letter in "".join(answers) if letter.isalpha()]
+        if 2 * sum(letter.isascii() for letter in letters) < len(letters):
+            raise ValueError(
+                f"the field {task.answer} holds {answers[0]!r}, but ROUGE keeps a-z and 0-9 only: use chrf"
+            )
     return answers
 
 

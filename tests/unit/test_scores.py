@@ -1,6 +1,7 @@
 """Tasks with scores: their files, likelihoods of options by hand, ties, merges at the border, exact match, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from small_checkpoint import make_model, make_tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt import scores
 from gpt.evaluate import evaluate_path, evaluate_task
@@ -140,6 +141,9 @@ def test_a_model_without_numbers_has_no_score(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, chat=False)
     with pytest.raises(ValueError, match=r"task.jsonl:1: the model's logits are not numbers \(NaN\)"):
         evaluate_task(tmp_path, write_task(tmp_path, CHOICE, [{"q": "x", "options": ["a", "b"], "answer": 0}]))
+    pytest.importorskip("sklearn", reason="the extra tasks is not installed")
+    with pytest.raises(ValueError, match=r"task.jsonl:1: the model's logits are not numbers \(NaN\)"):
+        evaluate_task(tmp_path, write_task(tmp_path, CLASSES | {"labels": ["a", "b"]}, [{"q": "x", "label": 0}]))
 
 
 def test_options_as_templates(folder: Path, tmp_path: Path) -> None:
@@ -161,6 +165,13 @@ def test_exact_match_counts_greedy_answers(folder: Path, tmp_path: Path) -> None
     predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text("utf-8").splitlines()]
     assert [p["prediction"] for p in predictions] == said
     assert [p["right"] for p in predictions] == [True, True, False]
+    settings = GenerationConfig.from_pretrained(folder)
+    settings.repetition_penalty = 5.0
+    shutil.copytree(folder, tmp_path / "penalized")
+    settings.save_pretrained(tmp_path / "penalized")
+    assert [a["text"] for a in generate(tmp_path / "penalized", ["a", "to be", "c d e"], Sampling(6))] != said
+    evaluate_task(tmp_path / "penalized", write_task(tmp_path, MATCH, rows), predictions=tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_text("utf-8") == (tmp_path / "p.jsonl").read_text("utf-8")
     stop = said[2][2]
     stopped = MATCH | {"stop": [stop, "never said"]}
     [row] = [{"q": "c d e", "answer": said[2].partition(stop)[0]}]
@@ -225,6 +236,11 @@ def test_a_wrong_task_is_refused(tmp_path: Path, task: dict[str, Any], problem: 
         (MATCH, {"q": "x", "answer": ""}, "answer of which nothing is left to compare: ''"),
         (MATCH, {"q": "x", "answer": []}, "answer of which nothing is left to compare: []"),
         (MATCH | {"normalize": "squad"}, {"q": "x", "answer": "The!"}, "nothing is left to compare: 'The!'"),
+        (
+            MATCH | {"kind": "generation", "metrics": ["chrf", "rougeL"]},
+            {"q": "x", "answer": ["мир", "“Bär”"]},
+            "the field answer holds 'мир', but ROUGE keeps a-z and 0-9 only: use chrf",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, task: dict[str, Any], row: Any, problem: str) -> None:
@@ -243,6 +259,16 @@ def test_what_a_task_and_a_model_do_not_share_is_refused(folder: Path, tmp_path:
         evaluate_task(folder, write_task(tmp_path, CHOICE | {"system": "S", "as_chat": False}, ROWS))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: give a run directory or a model folder"):
         evaluate_task(tmp_path / "nowhere", write_task(tmp_path, CHOICE, ROWS))
+    (tmp_path / "empty").mkdir()
+    scored: list[int] = []
+    with pytest.raises((OSError, ValueError)):  # the baseline is first, so no score is lost
+        evaluate_task(
+            folder,
+            write_task(tmp_path, CHOICE, ROWS),
+            baseline=tmp_path / "empty",
+            progress=lambda done, of: scored.append(done),
+        )
+    assert not scored
     with pytest.raises(IsADirectoryError), pytest.MonkeyPatch.context() as patch:
         patch.setattr("gpt.evaluate.load_model", None)
         evaluate_task(folder, write_task(tmp_path, CHOICE, ROWS), predictions=tmp_path)
@@ -319,7 +345,7 @@ def test_labels_that_share_their_first_token_are_told_apart(folder: Path, tmp_pa
     right = [LABELS[row["label"]] if isinstance(row["label"], int) else row["label"] for row in CLASS_ROWS]
     assert [prediction["answer"] for prediction in found] == right
     check_classes(result, right, [prediction["prediction"] for prediction in found])
-    assert result["baselines"][str(folder)] == result["scores"]
+    assert result["baselines"][str(folder)] == {"as_chat": True, **result["scores"]}
     with pytest.raises(ValueError, match="the label 'q1' is the beginning of 'q12', and nothing closes an answer in a"):
         evaluate_task(folder, write_task(tmp_path, CLASSES | {"as_chat": False}, CLASS_ROWS))
 
@@ -381,7 +407,8 @@ def test_metrics_are_those_of_their_libraries(folder: Path, tmp_path: Path, few_
     rouge = pytest.importorskip("rouge_score.rouge_scorer", reason="the extra tasks is not installed")
     prompts = ["a", "to be", "c d e"]
     said = greedy(folder, prompts, 12)
-    answers = [[said[0]], ["to be or not", said[1] + " x", "three"], ["some of it is so"]]
+    near = said[1].encode("ascii", "ignore").decode() + " x"  # ROUGE's right answers have no other letters
+    answers = [[said[0]], ["to be or not", near, "three"], ["some of it is so"]]
     source = "One. Two is some! Is it so? Never said."
     rows = [{"q": q, "de": de, "text": source} for q, de in zip(prompts, answers, strict=True)]
     task = TRANSLATE | {"metrics": METRICS, "lead": "text"}
@@ -432,6 +459,10 @@ def test_a_library_that_is_not_installed_is_named_before_the_model_is_read(
         ),
         (CLASSES | {"labels": ["a", " "]}, "labels must not be empty"),
         (CLASSES | {"labels": ["a"]}, "labels: List should have at least 2 items"),
+        (
+            CLASSES | {"labels": ["a", "(none)"]},
+            "the label '(none)' is the name of answers that are none of the labels",
+        ),
     ],
 )
 def test_a_metric_or_labels_that_do_not_fit_are_refused(tmp_path: Path, task: dict[str, Any], problem: str) -> None:
@@ -448,5 +479,10 @@ def test_a_label_is_its_text_or_else_its_number(tmp_path: Path) -> None:
     for answer, problem in (("q3", "label is 'q3', which is none of the options"), (4, "from 0 to 3")):
         with pytest.raises(ValueError, match=problem):
             load_task(write_task(tmp_path, CLASSES, [{"q": "x", "label": answer}]))
+    for labels, answer in ((["1", "2", "3"], 0), (["+1", "-1"], 1)):
+        with pytest.raises(
+            ValueError, match=f"label is {answer}, which is none of the labels '.1?', .*; labels that are"
+        ):
+            load_task(write_task(tmp_path, CLASSES | {"labels": labels}, [{"q": "x", "label": answer}]))
     with pytest.raises(ValueError, match="the field text is missing"):
         load_task(write_task(tmp_path, TRANSLATE | {"metrics": ["chrf"], "lead": "text"}, [{"q": "x", "de": "y"}]))
