@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.clean import Cleaner, add_tally, drop, no_tally, text_bytes
+from data_pipeline.documents import text_bytes
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import write_file_atomically
 from data_pipeline.sources import Document, Ledger, read_documents
@@ -69,6 +69,8 @@ def kept_documents(
         for file, document in documents:
             yield file, document, document_content(document)
         return
+    from data_pipeline.clean import Cleaner, drop  # without rules nothing of them is loaded
+
     cleaner = Cleaner(plan.rules)
     verdicts = judged_path(plan, number, "verdicts").read_bytes()
     for verdict, (file, document) in zip(verdicts, documents, strict=True):
@@ -84,6 +86,8 @@ def kept_documents(
 
 def judge_unit(plan: Plan, number: int, report: Report) -> None:
     """Write a unit's verdicts, the hashes of the documents that its own rules keep, and its record."""
+    from data_pipeline.clean import Cleaner, drop, no_tally
+
     assert plan.rules is not None
     cleaner = Cleaner(plan.rules)
     tally = no_tally(plan.rules)
@@ -130,10 +134,19 @@ def unit_is_judged(plan: Plan, number: int) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
+def empty_tally(plan: Plan) -> dict[str, Any]:
+    """What rules did with no document."""
+    from data_pipeline.clean import no_tally
+
+    assert plan.rules is not None
+    return no_tally(plan.rules)
+
+
 def judged_tally(plan: Plan) -> dict[str, Any]:
     """What the rules other than that on duplicates did in all units."""
-    assert plan.rules is not None
-    total = no_tally(plan.rules)
+    from data_pipeline.clean import add_tally
+
+    total = empty_tally(plan)
     for unit in plan.units:
         add_tally(total, json.loads(judged_path(plan, unit.number, "json").read_bytes())["tally"])
     return total

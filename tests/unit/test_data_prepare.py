@@ -378,7 +378,8 @@ source, output, tokenizer = sys.argv[1:]
 chosen = {"tokenizer": Path(tokenizer)} if tokenizer else {"train_vocabulary": 300}
 prepare(PrepareOptions([source], Path(output), validation_fraction=0, **chosen))
 import data_pipeline.workers
-print({"torch", "transformers", "pyarrow", "datasets", "awkward"} & set(sys.modules))
+rules = {"ftfy", "stdnum", "data_pipeline.clean", "data_pipeline.rules"}
+print(({"torch", "transformers", "pyarrow", "datasets", "awkward"} | rules) & set(sys.modules))
 """
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": macbeth()}])
     for output, tokenizer in (("trained", ""), ("given", str(save_tokenizer(tmp_path / "tokenizer")))):

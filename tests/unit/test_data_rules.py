@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from data_samples import EMBEDDED, macbeth, save_tokenizer, small_tokenizer, write_jsonl
+from test_data_personal_data import PLANTED
 from typer.testing import CliRunner
 
 from data_pipeline import clean, duplicates
@@ -60,6 +61,7 @@ def _texts(directory: Path) -> list[str]:
     [
         ({"encoding": True}, "schÃ¶n und grün\nvoilÃ\xa0", "schön und grün\nvoilà"),
         ({"encoding": True}, "The Mona Lisa doesnâ€™t have eyebrows.", "The Mona Lisa doesn't have eyebrows."),
+        ({"encoding": True}, "å\x85±\r\nÃ¼ber", "\u5171\r\nüber"),
         ({"encoding": True}, "Ärger, naïve, 漢字, x² ≥ 1", "Ärger, naïve, 漢字, x² ≥ 1"),
         ({"unicode": "NFC"}, "e\u0301te\u0301", "\u00e9t\u00e9"),
         ({"unicode": "NFKC"}, "ﬁn", "fin"),
@@ -81,6 +83,13 @@ def test_conversations_are_repaired_message_by_message() -> None:
     assert after.messages == [{"role": "user", "content": "I am <email>"}, messages[1]]
     assert messages[0]["content"] == "I am ada@example.org"
     assert cleaner.broken_bound(after, no_tally(rules)) is None  # words are not counted
+    call = {"type": "function", "function": {"name": "mail", "arguments": {"to": ["ada@example.org"], "n": 1}}}
+    tool = {"type": "function", "function": {"name": "mail", "description": "As to ada@example.org"}}
+    calling = document("", [{"role": "assistant", "content": None, "tool_calls": [call]}])._replace(tools=[tool])
+    tally = no_tally(rules)
+    after = cleaner.repair(calling, tally)
+    assert json.loads(json.dumps(calling[3:5]).replace("ada@example.org", "<email>")) == [after.messages, after.tools]
+    assert tally["changed"]["personal_data.email"] | {"examples": []} == {"documents": 1, "replaced": 2, "examples": []}
     long = document("", [{"role": "user", "content": "x" * 40}])
     assert cleaner.broken_bound(long, no_tally(rules)) == ("length.max_characters", "40, bound 30")
 
@@ -128,6 +137,8 @@ WORDS = [f"w{number}x" for number in range(400)]
         ("gopher_repetition", " ".join([*WORDS[:60], *WORDS[:20]]), "max_repeated_5_grams"),
         ("gopher_repetition", PROSE, ""),
         ("gopher_quality", PROSE, ""),
+        ("fineweb_quality", "\n".join(f"यह {n} हिन्दी का एक साधारण वाक्य है।" for n in range(9)), ""),
+        ("fineweb_quality", "\n".join(f"یہ {n} اردو کا ایک عام سا جملہ ہے\u06d4" for n in range(9)), ""),
         ("fineweb_quality", PROSE, ""),
     ],
 )
@@ -326,6 +337,43 @@ def test_scripts_without_spaces_are_a_line_in_the_report(tmp_path: Path, tokeniz
     assert report["splits"]["train"]["documents"] == 5
     [remark] = report["rules"]["remarks"]
     assert remark.startswith("documents in scripts without spaces between words: 5; for them the bounds on words")
+
+
+def test_the_reports_show_no_personal_data_that_is_replaced(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Not next to what another rule repairs, not next to another kind, not where it is found only after a repair."""
+    every = Rules(
+        encoding=True,
+        control_characters=True,
+        unicode="NFKC",
+        personal_data=list(PLANTED),
+        length={"max_characters": 99},
+    )
+    values = [value for kind in PLANTED for value in PLANTED[kind]]
+    for place, value in enumerate(values):
+        other = values[(place + 7) % len(values)]
+        rows = [
+            f"schÃ¶n {value} or {other}",
+            f"\x00 {other} or {value}",
+            f"ﬁ {value} or {other}",
+            f"{value} no repair {other}",
+        ]
+        rows += [f"{value[:3]}\x00{value[3:]}", "long " * 25 + value, f"{value} " + "long " * 25]
+        cleaner, tally = Cleaner(every), no_tally(every)
+        for row in rows:
+            after = cleaner.repair(document(row), tally)
+            if reason := cleaner.broken_bound(after, tally):
+                clean.drop(tally, reason, after, "")
+        shown = json.dumps(tally, ensure_ascii=False)
+        assert "schön" in shown and '"before"' in shown and "length.max" in shown
+        for text in (value, other, value[3:]):
+            assert json.dumps(text)[1:-1] not in shown, (text, shown)
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"text": f"schÃ¶n {value}"} for values in PLANTED.values() for value in values]
+    )
+    prepare(_options(tmp_path, tmp_path / "out", tokenizer_folder, every, validation_fraction=0, unit_bytes=60))
+    reports = b"".join((tmp_path / "out" / name).read_bytes() for name in ("report.json", "report.html"))
+    assert reports.count("schön".encode()) > 9
+    assert [value for value in values if value.encode() in reports] == []
 
 
 # Refused
