@@ -104,17 +104,23 @@ def judge_unit(plan: Plan, number: int, report: Report) -> None:
             drop(tally, reason, document, label)
         elif content:
             content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
-            hashes, places = kept[plan.split_of(file, content_hash)]
-            hashes.append(content_hash)
-            places.append(len(verdicts))
+            own_hashes, own_places = kept[plan.split_of(file, content_hash)]
+            own_hashes.append(content_hash)
+            own_places.append(len(verdicts))
         verdicts.append(KEPT if reason is None else DROPPED)
+    kept_counts = {}
+    for name, columns in kept.items():
+        hashes, places = (np.array(column, dtype=kind) for column, kind in zip(columns, ("<u8", "<u4"), strict=True))
+        order = np.argsort(hashes, kind="stable")
+        if plan.rules.duplicates:  # a unit's own are marked here, so that one text however frequent stays one hash
+            again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) + 1
+            for place in places[order[again]]:
+                verdicts[place] = REPEATED
+            order = np.delete(order, again)
+        for what, values in (("hashes", hashes), ("places", places)):
+            write_file_atomically(judged_path(plan, number, f"{name}.{what}"), values[order].tobytes())
+        kept_counts[name] = order.size
     write_file_atomically(judged_path(plan, number, "verdicts"), bytes(verdicts))
-    for name, (hashes, places) in kept.items():
-        order = np.argsort(np.array(hashes, dtype="<u8"), kind="stable")
-        for what, values, kind in (("hashes", hashes, "<u8"), ("places", places, "<u4")):
-            content = np.array(values, dtype=kind)[order].tobytes()
-            write_file_atomically(judged_path(plan, number, f"{name}.{what}"), content)
-    kept_counts = {name: len(hashes) for name, (hashes, _) in kept.items()}
     record = {"identity": plan.identity, "kept": kept_counts, "tally": tally}
     write_file_atomically(judged_path(plan, number, "json"), json.dumps(record).encode())
 

@@ -13,12 +13,13 @@ from data_samples import EMBEDDED, macbeth, save_tokenizer, small_tokenizer, wri
 from test_data_personal_data import PLANTED
 from typer.testing import CliRunner
 
-from data_pipeline import clean, duplicates
+from data_pipeline import clean, duplicates, unit_documents, units, workers
 from data_pipeline.clean import Cleaner, no_tally
 from data_pipeline.documents import Document, Place
-from data_pipeline.plan import PrepareOptions
+from data_pipeline.plan import PrepareOptions, make_plan
 from data_pipeline.prepare import prepare
 from data_pipeline.rules import Rules
+from data_pipeline.sources import ReadOptions
 from data_pipeline.token_shards import TokenShards
 from gpt.recipe_file import load_section
 from launch.cli import app
@@ -269,9 +270,6 @@ def test_a_restart_judges_and_makes_only_what_is_missing(
 ) -> None:
     _corpus(tmp_path)
     prepare(_options(tmp_path, tmp_path / "whole", tokenizer_folder, rules))
-    from data_pipeline import prepare as prepare_module
-    from data_pipeline import units, workers
-
     done: list[tuple[str, int]] = []
     judge, make = workers.STEPS["judge"], units.UnitMaker.make
 
@@ -295,7 +293,6 @@ def test_a_restart_judges_and_makes_only_what_is_missing(
     for step in ("judge", "make"):
         assert [number for what, number in done if what == step and number >= 0] == list(range(report["units"]))
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
-    assert prepare_module.mark_duplicates is duplicates.mark_duplicates
 
 
 def test_a_tokenizer_is_trained_on_what_the_rules_keep(tmp_path: Path) -> None:
@@ -314,6 +311,47 @@ def test_of_a_document_in_both_inputs_the_one_for_validation_stays(tmp_path: Pat
     assert _texts(tmp_path / "out" / "validation") == PARAGRAPHS[5:10]
     assert _texts(tmp_path / "out" / "train") == PARAGRAPHS[:5]
     assert report["rules"]["dropped"]["duplicates.exact"]["documents"] == 3
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in PARAGRAPHS[5:8] * 2])
+    options.output = tmp_path / "none"
+    with pytest.raises(ValueError, match=r"all training documents stand in the validation inputs, too \(duplicates"):
+        prepare(options)
+    assert not any(options.output.iterdir())
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}])
+    with pytest.raises(ValueError, match="the train inputs hold no documents"):
+        prepare(options)
+
+
+def test_of_a_text_that_is_repeated_often_one_hash_a_unit_is_kept(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in [PARAGRAPHS[0]] * 30 + PARAGRAPHS[:2] * 2])
+    plan = make_plan(_options(tmp_path, tmp_path / "out", tokenizer_folder, Rules(duplicates="exact"), unit_bytes=9000))
+    (plan.output / unit_documents.RECORDS).mkdir(parents=True)
+    for unit in plan.units:
+        unit_documents.judge_unit(plan, unit.number, lambda share: None)
+    paths = [unit_documents.judged_path(plan, unit.number, "train.hashes") for unit in plan.units]
+    sizes = [path.stat().st_size // 8 for path in paths]
+    assert len(sizes) > 1 and sum(sizes) == len(sizes) + 1
+    duplicates.mark_duplicates(plan)
+    verdicts = b"".join(path.with_name(path.name.replace("train.hashes", "verdicts")).read_bytes() for path in paths)
+    repeated = unit_documents.REPEATED
+    assert list(verdicts) == [0, *[repeated] * 30, unit_documents.KEPT, repeated, repeated]
+
+
+def test_a_bad_row_leaves_the_verdicts_for_a_call_that_skips_it(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*({"text": text} for text in PARAGRAPHS), {"text": 1}])
+    options = _options(tmp_path, tmp_path / "out", tokenizer_folder, Rules(length={"min_characters": 9}))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:\d+: the field 'text'"):
+        prepare(options)
+    judged: list[int] = []
+    judge = workers.STEPS["judge"]
+    monkeypatch.setitem(
+        workers.STEPS, "judge", lambda plan, number, report: judged.append(number) or judge(plan, number, report)
+    )
+    options.read = ReadOptions(skip_bad_rows=True)
+    report = prepare(options)
+    assert judged == [report["units"] - 1] and report["units"] > 2
+    assert sum(entry["count"] for entry in report["skipped_rows"].values()) == 1
 
 
 def test_without_rules_nothing_is_another(tmp_path: Path, tokenizer_folder: Path) -> None:
