@@ -11,7 +11,7 @@ import ftfy
 import numpy as np
 from ftfy.badness import is_bad
 
-from data_pipeline.documents import Document
+from data_pipeline.documents import Document, text_bytes, texts_of
 from data_pipeline.personal_data import REPLACEMENTS, placeholder
 from data_pipeline.rules import Bounds, Rules
 
@@ -36,7 +36,8 @@ _PARAGRAPH = re.compile(r"\n\s*\n")
 _LETTER = re.compile(r"[^\W\d_]")
 _BULLETS = ("•", "‣", "*", "-")
 _ELLIPSES = ("...", "…")
-_PUNCTUATION = (*".!?\"'", "…", "”", "\u2019")
+# Latin; then Hindi and Bengali, Urdu and Arabic, Amharic, Armenian, Chinese and Japanese
+_PUNCTUATION = (*".!?\"'", "…", "”", "\u2019", *"।॥\u06d4؟።\u0589。\uff01\uff1f")
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with its bits spread evenly: 2**64 divided by the golden ratio
 
@@ -82,18 +83,6 @@ def drop(tally: dict[str, Any], reason: Reason, document: Document, file: str) -
         entry["examples"].append({"file": file, "why": reason[1], "text": excerpt})
 
 
-def texts_of(document: Document) -> list[str]:
-    """The text, or the contents of a conversation's messages."""
-    if document.messages is None:
-        return [document.text]
-    return [message.get("content") or "" for message in document.messages]
-
-
-def text_bytes(document: Document) -> int:
-    """Its size in UTF-8."""
-    return sum(len(text.encode()) for text in texts_of(document))
-
-
 class Cleaner:
     """The rules of one file, applied to one document after another."""
 
@@ -102,17 +91,24 @@ class Cleaner:
         self._bounds = _bounds(rules)
 
     def repair(self, document: Document, tally: dict[str, Any] | None = None, file: str = "") -> Document:
-        """The document with its texts repaired; what changed is counted in ``tally``."""
-        texts = texts_of(document)
+        """The document with its texts repaired, also those in tools and their calls; what changed is counted in
+        ``tally``."""
+        messages = document.messages or []
+        repaired_keys = [{key: m[key] for key in ("content", "tool_calls") if m.get(key)} for m in messages]
+        parts = [document.text, repaired_keys, document.tools]
+        texts: list[str] = []
+        _map_texts(parts, texts.append)
         for name, apply in self._repairs:
             after = [apply(text) for text in texts]
             if tally is not None and after != texts:
-                _count_change(tally["changed"][name], name, texts, after, file)
+                self._count_change(tally["changed"][name], name, texts, after, file)
             texts = after
+        left = iter(texts)
+        text, repaired_values, tools = _map_texts(parts, lambda _: next(left))
         if document.messages is None:
-            return document._replace(text=texts[0])
-        pairs = zip(document.messages, texts, strict=True)
-        return document._replace(messages=[m | {"content": text} if m.get("content") else m for m, text in pairs])
+            return document._replace(text=text)
+        repaired = [message | values for message, values in zip(messages, repaired_values, strict=True)]
+        return document._replace(messages=repaired, tools=tools)
 
     def broken_bound(self, document: Document, tally: dict[str, Any]) -> Reason | None:
         """The first bound that the document breaks. Only the length of a conversation is looked at.
@@ -137,20 +133,41 @@ class Cleaner:
                         return f"{section}.{field}", f"{value:.4g}, bound {bound:g}"
         return None
 
-
-def _count_change(entry: dict[str, Any], name: str, before: list[str], after: list[str], file: str) -> None:
-    """Of personal data the report shows only what stands there now."""
-    entry["documents"] += 1
-    kind = name.partition(".")[2]
-    if kind:
+    def _count_change(self, entry: dict[str, Any], name: str, before: list[str], after: list[str], file: str) -> None:
+        """Of personal data the report shows only what stands in its place, in the examples of every rule."""
+        entry["documents"] += 1
+        kind = name.partition(".")[2]
         mark = placeholder(kind)
-        entry["replaced"] += sum(text.count(mark) for text in after) - sum(text.count(mark) for text in before)
-    if len(entry["examples"]) >= EXAMPLES_KEPT:
-        return
-    old, new = next((old, new) for old, new in zip(before, after, strict=True) if old != new)
-    place = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    window = slice(max(0, place - EXCERPT_CHARACTERS // 2), place + EXCERPT_CHARACTERS // 2)
-    entry["examples"].append({"file": file, **({} if kind else {"before": old[window]}), "after": new[window]})
+        if kind:
+            entry["replaced"] += sum(text.count(mark) for text in after) - sum(text.count(mark) for text in before)
+        if len(entry["examples"]) >= EXAMPLES_KEPT:
+            return
+        old, new = next((old, new) for old, new in zip(before, after, strict=True) if old != new)
+        (old, replaced_before), (new, replaced) = self._without_personal_data(old), self._without_personal_data(new)
+        differing = (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+        place = new.index(mark) if kind else next(differing, min(len(old), len(new)))
+        window = slice(max(0, place - EXCERPT_CHARACTERS // 2), place + EXCERPT_CHARACTERS // 2)
+        # what was found only after the repair stands in the text before it
+        shown = {} if kind or replaced_before != replaced else {"before": old[window]}
+        entry["examples"].append({"file": file, **shown, "after": new[window]})
+
+    def _without_personal_data(self, text: str) -> tuple[str, int]:
+        """The text with all declared kinds replaced, and how many replacements stand in it."""
+        kinds = [(name.partition(".")[2], apply) for name, apply in self._repairs if "." in name]
+        for _, apply in kinds:
+            text = apply(text)
+        return text, sum(text.count(placeholder(kind)) for kind, _ in kinds)
+
+
+def _map_texts(value: Any, change: Callable[[str], Any]) -> Any:
+    """The JSON value with each text changed, but for the keys of objects."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_map_texts(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    return value
 
 
 # Repairs
@@ -170,10 +187,13 @@ def _repairs(rules: Rules) -> list[tuple[str, Callable[[str], str]]]:
 
 
 def _repair_encoding(text: str) -> str:
-    """ftfy's repair of each line for itself, as one wrong line among right ones is the common case."""
+    """ftfy's repair of each line for itself, as one wrong line among right ones is the common case.
+
+    Only a line feed ends a line: other line ends may be bytes of a character that was decoded wrongly.
+    """
     if text.isascii() or not is_bad(text):
         return text
-    return "".join(ftfy.fix_encoding(line) for line in text.splitlines(keepends=True))
+    return "\n".join(map(ftfy.fix_encoding, text.split("\n")))
 
 
 def _remove_control_characters(text: str) -> str:

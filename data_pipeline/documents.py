@@ -165,6 +165,18 @@ class Document(NamedTuple):
         return self.place.name(self.number)
 
 
+def texts_of(document: Document) -> list[str]:
+    """The text, or the contents of a conversation's messages."""
+    if document.messages is None:
+        return [document.text]
+    return [message.get("content") or "" for message in document.messages]
+
+
+def text_bytes(document: Document) -> int:
+    """Its size in UTF-8."""
+    return sum(len(text.encode()) for text in texts_of(document))
+
+
 @dataclass
 class Ledger:
     """What reading left out. Plain values: ``dataclasses.asdict`` gives JSON, and ``Ledger(**json)`` takes it back."""

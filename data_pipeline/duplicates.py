@@ -1,4 +1,7 @@
-"""Exact duplicates by the 64-bit hash of their content, in memory that does not grow with the number of documents."""
+"""Exact duplicates by the 64-bit hash of their content, in memory that does not grow with the number of documents.
+
+But for one text that stands there very often: all its hashes are held at a time, with rules one of each unit.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +34,9 @@ def mark_duplicates(plan: Plan) -> None:
     """Mark in the verdicts all but the first of equal documents; validation's come before training's.
 
     Done again, as after an interruption, it marks the same.
+
+    Raises:
+        ValueError: nothing is left in training, as all of it stands in the files for validation.
     """
     units = [(unit.number, split) for split in reversed(plan.splits) for unit in plan.units]
     for [parts] in zip(
@@ -48,6 +54,17 @@ def mark_duplicates(plan: Plan) -> None:
                 places = np.fromfile(judged_path(plan, number, f"{split}.places"), "<u4")
                 verdicts = np.memmap(judged_path(plan, number, "verdicts"), np.uint8, "r+")
                 verdicts[places[begin + marked]] = REPEATED
+    left = {int(verdict) for unit in plan.units for verdict in _training_verdicts(plan, unit.number)}
+    if plan.validation_threshold is None and left == {REPEATED}:
+        raise ValueError(
+            "all training documents stand in the validation inputs, too (duplicates: exact): give other files"
+        )
+
+
+def _training_verdicts(plan: Plan, number: int) -> np.ndarray:
+    """The different verdicts on the training documents of a unit that the rules before this one keep."""
+    places = np.fromfile(judged_path(plan, number, "train.places"), "<u4")
+    return np.unique(np.fromfile(judged_path(plan, number, "verdicts"), np.uint8)[places])
 
 
 def _buckets(groups: Sequence[list[Path]]) -> list[Iterator[list[tuple[int, np.ndarray]]]]:

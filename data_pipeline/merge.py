@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from data_pipeline.clean import add_tally
 from data_pipeline.duplicates import count_duplicates
 from data_pipeline.plan import Plan, PrepareOptions
 from data_pipeline.shard_writer import write_manifest
@@ -80,6 +79,8 @@ def _balance(records: list[dict[str, Any]], documents_in: int, rules: dict[str, 
 
 def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the rules changed and dropped, each with its first examples."""
+    from data_pipeline.clean import add_tally  # without rules nothing of them is loaded
+
     tally = judged_tally(plan)
     for record in records:
         add_tally(tally, record["repeated"])

@@ -23,12 +23,21 @@ _NORTH_AMERICAN = re.compile(
     rf"|(?<=\()[2-9][0-9]{{2}}\) ?|(?<=[2-9])[0-9]{{2}}[.-])[2-9][0-9]{{2}}[ .-][0-9]{{4}}{_ENDS}"
 )
 _ANNOUNCED = re.compile(
-    rf"[lex](?:\.: ?|[.:] ?| )(?:\([0-9]{{1,5}}\)|[0-9]{{1,5}})(?:[ /-][0-9]{{2,8}}){{1,5}}{_ENDS}", re.IGNORECASE
+    rf"[lex](?:\.: ?|[.:] ?| )(?:\([0-9]{{1,5}}\)|[0-9]{{1,15}})(?:[ ./-][0-9]{{2,8}}){{0,5}}{_ENDS}", re.IGNORECASE
+)
+# dates, two years, and versions (of Windows Phone) or addresses of four numbers
+_NO_PHONE = re.compile(
+    r"(?:19|20)[0-9]{2}(?:[ /-](?:19|20)[0-9]{2}|([./-]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01]))"
+    r"|[0-3]?[0-9]([./-])[0-3]?[0-9]\2(?:19|20)[0-9]{2}"
+    r"|[0-9]\.[0-9.]+|[1-9][0-9]{0,2}(?:\.[0-9]{1,3}){3}"
 )
 _ANNOUNCING = ("tel", "telephone", "phone", "fax", "mobile", "cell")
 _IPV4 = re.compile(r"[0-9](?<![\w.-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w-]|\.[0-9])")
-_IPV6 = re.compile(r"[23](?<![\w:.].)[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,35}(?![\w:])")  # global unicast is 2000::/3
+_IPV6 = re.compile(
+    r"[23](?<![\w:.].)[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?:[0-9A-Fa-f]|::)(?!\w|:[0-9A-Fa-f:])"
+)  # global unicast is 2000::/3
 _IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
+_WORD_END = re.compile(r"(?<=[A-Z0-9])(?![A-Z0-9])")
 # the issuers' first digits (ISO/IEC 7812): Visa, Mastercard, American Express, Discover, Diners Club, JCB
 _CARD = re.compile(
     r"[2-6](?<![\w.+-].)[0-9]{3}([ -]?)(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5})(?![\w-]|\.[0-9])"
@@ -71,10 +80,11 @@ def _phone(match: re.Match[str]) -> str:
 def _announced_phone(match: re.Match[str]) -> str:
     begin = match.start() + 1
     word = re.search(r"[A-Za-z]*$", match.string[max(0, begin - 20) : begin])
-    digits = sum(map(str.isdecimal, match[0]))
-    if word is None or word[0].lower() not in _ANNOUNCING or not 7 <= digits <= 15:
+    number = match[0][re.search(r"[0-9(]", match[0]).start() :]  # type: ignore[union-attr]
+    if word is None or word[0].lower() not in _ANNOUNCING or _NO_PHONE.fullmatch(number):
         return match[0]
-    return re.split(r"[0-9(]", match[0], maxsplit=1)[0] + placeholder("phone")
+    digits = sum(map(str.isdecimal, number))
+    return match[0].removesuffix(number) + placeholder("phone") if 7 <= digits <= 15 else match[0]
 
 
 def _card_number_is_valid(text: str) -> bool:
@@ -97,7 +107,20 @@ def replace_ip_address(text: str) -> str:
 
 
 def replace_iban(text: str) -> str:
-    return _IBAN.sub(_replacement("iban", iban.is_valid), text)
+    """What follows an IBAN may look like its last groups: so the ends of all groups are tried, the last one first.
+
+    Banks are not looked up, as the tables of those change.
+    """
+    parts, kept, place = [], 0, 0
+    while match := _IBAN.search(text, place):
+        place = match.start() + 1
+        ends = [match.start() + found.end() for found in _WORD_END.finditer(match[0])]
+        for end in reversed(ends):
+            if iban.is_valid(text[match.start() : end], check_country=False):
+                parts += [text[kept : match.start()], placeholder("iban")]
+                kept = place = end
+                break
+    return "".join([*parts, text[kept:]])
 
 
 def replace_card_number(text: str) -> str:

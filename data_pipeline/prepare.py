@@ -146,6 +146,8 @@ def _stored_report(options: PrepareOptions, plan: Plan) -> dict[str, Any] | None
         return None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+        if report["version"] != REPORT_VERSION:
+            raise ValueError("it lacks parts, or has others")
         same = report["identity"] == plan.identity
         fingerprints = {split: report["splits"][split]["fingerprint"] for split in report["splits"]}
         same = same and (not report["skipped_rows"] or options.read.skip_bad_rows)
@@ -213,8 +215,9 @@ def _claimed(options: PrepareOptions, plan: Plan) -> Iterator[None]:
         try:
             yield
         except ValueError:
-            # a refused input leaves nothing behind, unless units are done that a call with --skip-bad-rows would keep
-            if options.task is None and not any(unit_is_done(plan, unit.number) for unit in plan.units):
+            # a refused input leaves nothing behind, unless a call with --skip-bad-rows would keep what is done of it
+            begun = any(unit_is_done(plan, unit.number) or unit_is_judged(plan, unit.number) for unit in plan.units)
+            if options.task is None and not begun:
                 _clear(output)
                 (output / MARKER_NAME).unlink()
             raise
@@ -302,9 +305,13 @@ def _judge(options: PrepareOptions, plan: Plan, bar: _Bar) -> None:
     """Apply the rules to all units, before the tokenizer is trained on what they keep."""
     missing = [unit.number for unit in plan.units if not unit_is_judged(plan, unit.number)]
     _run(options, plan, missing, bar, "judge")
-    require_kept(plan)
-    if plan.rules is not None and plan.rules.duplicates:
-        mark_duplicates(plan)
+    try:
+        require_kept(plan)
+        if plan.rules is not None and plan.rules.duplicates:
+            mark_duplicates(plan)
+    except ValueError:
+        shutil.rmtree(plan.output / RECORDS)  # with other rules or files these verdicts are of no use
+        raise
 
 
 def _make_tokenizer(options: PrepareOptions, plan: Plan, bar: _Bar) -> dict[str, int]:

@@ -138,10 +138,9 @@ def _quantiles(counter: Counter[int]) -> dict[str, int]:
 def check_classes(tallies: dict[str, Tally], tokenizer: Any) -> list[list[str]]:
     """Refuse classes that cannot be learnt; return groups of labels whose first token is the same.
 
-    No two labels are the same tokens: the rendering refuses a tokenizer that does not keep an answer's text.
-
     Raises:
-        ValueError: fewer than two classes, one with a single example, or one that training never sees.
+        ValueError: fewer than two classes, one with a single example, one that training never sees, or two that are
+            the same tokens.
     """
     train = tallies["train"].counts["classes"]
     if len(train) < 2:
@@ -154,8 +153,14 @@ def check_classes(tallies: dict[str, Tally], tokenizer: Any) -> list[list[str]]:
         if unseen := sorted(set(tally.counts["classes"]) - set(train)):
             raise ValueError(f"the {name} split has labels that are never seen in training: {_listed(unseen)}")
     first = defaultdict(list)
+    same: dict[tuple[int, ...], str] = {}
     for label in sorted(train):
-        first[tokenizer(label, add_special_tokens=False)["input_ids"][0]].append(label)
+        ids = tokenizer(label, add_special_tokens=False)["input_ids"]
+        if (other := same.setdefault(tuple(ids), label)) != label:
+            raise ValueError(
+                f"the tokenizer makes the same tokens of the labels {other!a} and {label!a}: write them alike"
+            )
+        first[ids[0]].append(label)
     return [labels for labels in first.values() if len(labels) > 1]
 
 

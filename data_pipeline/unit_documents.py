@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.clean import Cleaner, add_tally, drop, no_tally, text_bytes
+from data_pipeline.documents import text_bytes
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import write_file_atomically
 from data_pipeline.sources import Document, Ledger, read_documents
@@ -69,6 +69,8 @@ def kept_documents(
         for file, document in documents:
             yield file, document, document_content(document)
         return
+    from data_pipeline.clean import Cleaner, drop  # without rules nothing of them is loaded
+
     cleaner = Cleaner(plan.rules)
     verdicts = judged_path(plan, number, "verdicts").read_bytes()
     for verdict, (file, document) in zip(verdicts, documents, strict=True):
@@ -84,6 +86,8 @@ def kept_documents(
 
 def judge_unit(plan: Plan, number: int, report: Report) -> None:
     """Write a unit's verdicts, the hashes of the documents that its own rules keep, and its record."""
+    from data_pipeline.clean import Cleaner, drop, no_tally
+
     assert plan.rules is not None
     cleaner = Cleaner(plan.rules)
     tally = no_tally(plan.rules)
@@ -100,17 +104,23 @@ def judge_unit(plan: Plan, number: int, report: Report) -> None:
             drop(tally, reason, document, label)
         elif content:
             content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
-            hashes, places = kept[plan.split_of(file, content_hash)]
-            hashes.append(content_hash)
-            places.append(len(verdicts))
+            own_hashes, own_places = kept[plan.split_of(file, content_hash)]
+            own_hashes.append(content_hash)
+            own_places.append(len(verdicts))
         verdicts.append(KEPT if reason is None else DROPPED)
+    kept_counts = {}
+    for name, columns in kept.items():
+        hashes, places = (np.array(column, dtype=kind) for column, kind in zip(columns, ("<u8", "<u4"), strict=True))
+        order = np.argsort(hashes, kind="stable")
+        if plan.rules.duplicates:  # a unit's own are marked here, so that one text however frequent stays one hash
+            again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) + 1
+            for place in places[order[again]]:
+                verdicts[place] = REPEATED
+            order = np.delete(order, again)
+        for what, values in (("hashes", hashes), ("places", places)):
+            write_file_atomically(judged_path(plan, number, f"{name}.{what}"), values[order].tobytes())
+        kept_counts[name] = order.size
     write_file_atomically(judged_path(plan, number, "verdicts"), bytes(verdicts))
-    for name, (hashes, places) in kept.items():
-        order = np.argsort(np.array(hashes, dtype="<u8"), kind="stable")
-        for what, values, kind in (("hashes", hashes, "<u8"), ("places", places, "<u4")):
-            content = np.array(values, dtype=kind)[order].tobytes()
-            write_file_atomically(judged_path(plan, number, f"{name}.{what}"), content)
-    kept_counts = {name: len(hashes) for name, (hashes, _) in kept.items()}
     record = {"identity": plan.identity, "kept": kept_counts, "tally": tally}
     write_file_atomically(judged_path(plan, number, "json"), json.dumps(record).encode())
 
@@ -130,10 +140,19 @@ def unit_is_judged(plan: Plan, number: int) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
+def empty_tally(plan: Plan) -> dict[str, Any]:
+    """What rules did with no document."""
+    from data_pipeline.clean import no_tally
+
+    assert plan.rules is not None
+    return no_tally(plan.rules)
+
+
 def judged_tally(plan: Plan) -> dict[str, Any]:
     """What the rules other than that on duplicates did in all units."""
-    assert plan.rules is not None
-    total = no_tally(plan.rules)
+    from data_pipeline.clean import add_tally
+
+    total = empty_tally(plan)
     for unit in plan.units:
         add_tally(total, json.loads(judged_path(plan, unit.number, "json").read_bytes())["tally"])
     return total

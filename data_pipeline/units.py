@@ -19,7 +19,7 @@ import orjson
 import xxhash
 
 from data_pipeline.chat import ChatRenderer
-from data_pipeline.clean import no_tally, text_bytes
+from data_pipeline.documents import text_bytes, texts_of
 from data_pipeline.engines import open_engine
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import UnitWriter, write_file_atomically
@@ -33,7 +33,7 @@ from data_pipeline.tokenizer import (
     token_byte_lengths,
     vocabulary_size,
 )
-from data_pipeline.unit_documents import RECORDS, Report, kept_documents
+from data_pipeline.unit_documents import RECORDS, Report, empty_tally, kept_documents
 
 TOKENIZER = "tokenizer"
 BATCH_CHARACTERS = 2**20  # what is encoded in one call
@@ -130,7 +130,7 @@ class UnitMaker:
         files = {part.file: [0, *[0] * len(splits)] for part in self._plan.units[number].parts}
         places = {name: place for place, name in enumerate(splits, start=1)}
         empty = 0
-        repeated = None if self._plan.rules is None else no_tally(self._plan.rules)
+        repeated = None if self._plan.rules is None else empty_tally(self._plan)
         for file, document, content in kept_documents(self._plan, number, ledger, report, repeated):
             counts = files[file]
             counts[0] += 1
@@ -169,10 +169,7 @@ def sample_unit(plan: Plan, number: int, report: Report) -> None:
             continue
         content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
         if plan.split_of(file, content_hash) == "train":
-            texts = [document.text]
-            if document.messages is not None:
-                texts = [message.get("content") or "" for message in document.messages]
-            sample.add(content_hash, texts)
+            sample.add(content_hash, texts_of(document))
     write_file_atomically(sample_path(plan, number), orjson.dumps(sample.finish()))
 
 

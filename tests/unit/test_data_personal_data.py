@@ -26,13 +26,23 @@ PLANTED = {
         "+86 138 0013 8000",
         "+33.1.23.45.67.89",
     ],
-    "ip_address": ["8.8.8.8", "142.250.74.46", "2606:4700:4700::1111", "2001:4860:4860:0:0:0:0:8888", "93.184.216.34"],
+    "ip_address": [
+        "8.8.8.8",
+        "142.250.74.46",
+        "2606:4700:4700::1111",
+        "2001:4860:4860:0:0:0:0:8888",
+        "93.184.216.34",
+        "2a00:1450:4001:81b::",
+    ],
     "iban": [
         "DE89 3704 0044 0532 0130 00",
         "GB82WEST12345698765432",
         "FR1420041010050500013M02606",
         "NO93 8601 1117 947",
         "CH9300762011623852957",
+        "AT61 1904 3002 3457 3201",
+        "ES91 2100 0418 4502 0005 1332",
+        "BE68 5390 0754 7034",
     ],
     "card_number": [
         "4111 1111 1111 1111",
@@ -66,8 +76,24 @@ LOOK_ALIKES = {
         "+5",
         "x+1234567+y",
         "see 123-456",
+        "Windows Phone 2019/2020",
+        "for mobile 2021-05-04",
+        "for mobile 20210504",
+        "Tel. 27.11.2026",
+        "Windows Phone 8.10.15137",
+        "cell 192.168.10.25",
     ],
-    "ip_address": ["192.168.0.1", "127.0.0.1", "10.0.0.7", "999.1.1.1", "v1.2.3.4", "1.2.3", "1.2.3.4.5", "12:30:45"],
+    "ip_address": [
+        "192.168.0.1",
+        "127.0.0.1",
+        "10.0.0.7",
+        "999.1.1.1",
+        "v1.2.3.4",
+        "1.2.3",
+        "1.2.3.4.5",
+        "12:30:45",
+        "2a00:1450:4001:81b:",
+    ],
     "iban": ["DE89 3704 0044 0532 0130 01", "GB00WEST12345698765432", "AB12 ABCD 1234", "US64 1234 5678 9012"],
     "card_number": ["4111 1111 1111 1112", "1234 5678 9012 3452", "0000 0000 0000 0000", "4111.1111.1111.1111", "4111"],
     "secret_key": [
@@ -100,13 +126,41 @@ def test_precision_and_recall_on_planted_data(kind: str) -> None:
 
 def test_a_telephone_number_of_any_form_is_found_behind_a_word_that_announces_it() -> None:
     assert replace_all("Tel.: 030 1234567, Fax 0221/987 654") == "Tel.: <phone>, Fax <phone>"
+    assert replace_all("Tel: 03012345678, Phone: 5551234567.") == "Tel: <phone>, Phone: <phone>."
+    assert replace_all("Fax: 030.1234567 or mobile 01.23.45.67.89") == "Fax: <phone> or mobile <phone>"
     assert replace_all("page 030 1234567, model 12 345 678") == "page 030 1234567, model 12 345 678"
+
+
+@pytest.mark.parametrize(
+    "behind", [" BIC: GIBAATWW", " EUR", " EURO 1234 5678 ABCD", " 2024", ": timed out", " DE89 3704 0044 0532 0130 01"]
+)
+def test_what_follows_a_number_stays(behind: str) -> None:
+    for value in (*PLANTED["iban"], "2a00:1450:4001:81b::200e"):
+        mark = placeholder("iban" if value in PLANTED["iban"] else "ip_address")
+        assert replace_all(f"{value}{behind} and {value}") == f"{mark}{behind} and {mark}"
+    assert replace_all(" ".join(PLANTED["iban"])) == " ".join(["<iban>"] * len(PLANTED["iban"]))
 
 
 @pytest.mark.parametrize("kind", REPLACEMENTS)
 @pytest.mark.parametrize(
     "unit",
-    ["a", "1", "1 ", "a@", "a.", "1.", "A1B2", "2001:", "+1", "(2", "eyJ", "-----BEGIN PRIVATE KEY-----", "el 1"],
+    [
+        "a",
+        "1",
+        "1 ",
+        "a@",
+        "a.",
+        "1.",
+        "A1B2",
+        "DE12 ",
+        "tel 1234567 ",
+        "2001:",
+        "+1",
+        "(2",
+        "eyJ",
+        "-----BEGIN PRIVATE KEY-----",
+        "el 1",
+    ],
 )
 def test_no_text_takes_long(kind: str, unit: str) -> None:
     """Long runs, as in base64 or tables, must not make a search quadratic."""

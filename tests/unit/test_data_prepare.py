@@ -197,6 +197,12 @@ def test_a_second_call_reuses_and_other_options_are_refused(tmp_path: Path, toke
     assert (first.pop("run")["units_made"], again.pop("run")["units_made"]) == (1, 0)
     assert again == first
     assert before == {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in before}
+    report = tmp_path / "out" / "report.json"
+    content = report.read_text()
+    report.write_text(content.replace('"version": "prepare/', '"version": "prepare/0'))
+    with pytest.raises(ValueError, match=r"report\.json is not a report of this version of trainyard prepare: delete"):
+        prepare(options)
+    report.write_text(content)
     with pytest.raises(ValueError, match="other options or from other files"):
         prepare(_options(source, tmp_path / "out", tokenizer_folder, validation_fraction=0.1, seed=1))
     write_jsonl(source, [{"text": row} for row in ROWS[1:]])
@@ -378,7 +384,8 @@ source, output, tokenizer = sys.argv[1:]
 chosen = {"tokenizer": Path(tokenizer)} if tokenizer else {"train_vocabulary": 300}
 prepare(PrepareOptions([source], Path(output), validation_fraction=0, **chosen))
 import data_pipeline.workers
-print({"torch", "transformers", "pyarrow", "datasets", "awkward"} & set(sys.modules))
+rules = {"ftfy", "stdnum", "data_pipeline.clean", "data_pipeline.rules"}
+print(({"torch", "transformers", "pyarrow", "datasets", "awkward"} | rules) & set(sys.modules))
 """
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": macbeth()}])
     for output, tokenizer in (("trained", ""), ("given", str(save_tokenizer(tmp_path / "tokenizer")))):

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import yaml
 from data_samples import EMBEDDED, macbeth, save_tokenizer, small_tokenizer, write_jsonl
+from test_data_personal_data import PLANTED
 from typer.testing import CliRunner
 
-from data_pipeline import clean, duplicates
+from data_pipeline import clean, duplicates, unit_documents, units, workers
 from data_pipeline.clean import Cleaner, no_tally
 from data_pipeline.documents import Document, Place
-from data_pipeline.plan import PrepareOptions
+from data_pipeline.plan import PrepareOptions, make_plan
 from data_pipeline.prepare import prepare
 from data_pipeline.rules import Rules
+from data_pipeline.sources import ReadOptions
 from data_pipeline.token_shards import TokenShards
 from gpt.recipe_file import load_section
 from launch.cli import app
@@ -60,6 +62,7 @@ def _texts(directory: Path) -> list[str]:
     [
         ({"encoding": True}, "schÃ¶n und grün\nvoilÃ\xa0", "schön und grün\nvoilà"),
         ({"encoding": True}, "The Mona Lisa doesnâ€™t have eyebrows.", "The Mona Lisa doesn't have eyebrows."),
+        ({"encoding": True}, "å\x85±\r\nÃ¼ber", "\u5171\r\nüber"),
         ({"encoding": True}, "Ärger, naïve, 漢字, x² ≥ 1", "Ärger, naïve, 漢字, x² ≥ 1"),
         ({"unicode": "NFC"}, "e\u0301te\u0301", "\u00e9t\u00e9"),
         ({"unicode": "NFKC"}, "ﬁn", "fin"),
@@ -81,6 +84,13 @@ def test_conversations_are_repaired_message_by_message() -> None:
     assert after.messages == [{"role": "user", "content": "I am <email>"}, messages[1]]
     assert messages[0]["content"] == "I am ada@example.org"
     assert cleaner.broken_bound(after, no_tally(rules)) is None  # words are not counted
+    call = {"type": "function", "function": {"name": "mail", "arguments": {"to": ["ada@example.org"], "n": 1}}}
+    tool = {"type": "function", "function": {"name": "mail", "description": "As to ada@example.org"}}
+    calling = document("", [{"role": "assistant", "content": None, "tool_calls": [call]}])._replace(tools=[tool])
+    tally = no_tally(rules)
+    after = cleaner.repair(calling, tally)
+    assert json.loads(json.dumps(calling[3:5]).replace("ada@example.org", "<email>")) == [after.messages, after.tools]
+    assert tally["changed"]["personal_data.email"] | {"examples": []} == {"documents": 1, "replaced": 2, "examples": []}
     long = document("", [{"role": "user", "content": "x" * 40}])
     assert cleaner.broken_bound(long, no_tally(rules)) == ("length.max_characters", "40, bound 30")
 
@@ -128,6 +138,8 @@ WORDS = [f"w{number}x" for number in range(400)]
         ("gopher_repetition", " ".join([*WORDS[:60], *WORDS[:20]]), "max_repeated_5_grams"),
         ("gopher_repetition", PROSE, ""),
         ("gopher_quality", PROSE, ""),
+        ("fineweb_quality", "\n".join(f"यह {n} हिन्दी का एक साधारण वाक्य है।" for n in range(9)), ""),
+        ("fineweb_quality", "\n".join(f"یہ {n} اردو کا ایک عام سا جملہ ہے\u06d4" for n in range(9)), ""),
         ("fineweb_quality", PROSE, ""),
     ],
 )
@@ -258,9 +270,6 @@ def test_a_restart_judges_and_makes_only_what_is_missing(
 ) -> None:
     _corpus(tmp_path)
     prepare(_options(tmp_path, tmp_path / "whole", tokenizer_folder, rules))
-    from data_pipeline import prepare as prepare_module
-    from data_pipeline import units, workers
-
     done: list[tuple[str, int]] = []
     judge, make = workers.STEPS["judge"], units.UnitMaker.make
 
@@ -284,7 +293,6 @@ def test_a_restart_judges_and_makes_only_what_is_missing(
     for step in ("judge", "make"):
         assert [number for what, number in done if what == step and number >= 0] == list(range(report["units"]))
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
-    assert prepare_module.mark_duplicates is duplicates.mark_duplicates
 
 
 def test_a_tokenizer_is_trained_on_what_the_rules_keep(tmp_path: Path) -> None:
@@ -303,6 +311,47 @@ def test_of_a_document_in_both_inputs_the_one_for_validation_stays(tmp_path: Pat
     assert _texts(tmp_path / "out" / "validation") == PARAGRAPHS[5:10]
     assert _texts(tmp_path / "out" / "train") == PARAGRAPHS[:5]
     assert report["rules"]["dropped"]["duplicates.exact"]["documents"] == 3
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in PARAGRAPHS[5:8] * 2])
+    options.output = tmp_path / "none"
+    with pytest.raises(ValueError, match=r"all training documents stand in the validation inputs, too \(duplicates"):
+        prepare(options)
+    assert not any(options.output.iterdir())
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}])
+    with pytest.raises(ValueError, match="the train inputs hold no documents"):
+        prepare(options)
+
+
+def test_of_a_text_that_is_repeated_often_one_hash_a_unit_is_kept(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in [PARAGRAPHS[0]] * 30 + PARAGRAPHS[:2] * 2])
+    plan = make_plan(_options(tmp_path, tmp_path / "out", tokenizer_folder, Rules(duplicates="exact"), unit_bytes=9000))
+    (plan.output / unit_documents.RECORDS).mkdir(parents=True)
+    for unit in plan.units:
+        unit_documents.judge_unit(plan, unit.number, lambda share: None)
+    paths = [unit_documents.judged_path(plan, unit.number, "train.hashes") for unit in plan.units]
+    sizes = [path.stat().st_size // 8 for path in paths]
+    assert len(sizes) > 1 and sum(sizes) == len(sizes) + 1
+    duplicates.mark_duplicates(plan)
+    verdicts = b"".join(path.with_name(path.name.replace("train.hashes", "verdicts")).read_bytes() for path in paths)
+    repeated = unit_documents.REPEATED
+    assert list(verdicts) == [0, *[repeated] * 30, unit_documents.KEPT, repeated, repeated]
+
+
+def test_a_bad_row_leaves_the_verdicts_for_a_call_that_skips_it(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*({"text": text} for text in PARAGRAPHS), {"text": 1}])
+    options = _options(tmp_path, tmp_path / "out", tokenizer_folder, Rules(length={"min_characters": 9}))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:\d+: the field 'text'"):
+        prepare(options)
+    judged: list[int] = []
+    judge = workers.STEPS["judge"]
+    monkeypatch.setitem(
+        workers.STEPS, "judge", lambda plan, number, report: judged.append(number) or judge(plan, number, report)
+    )
+    options.read = ReadOptions(skip_bad_rows=True)
+    report = prepare(options)
+    assert judged == [report["units"] - 1] and report["units"] > 2
+    assert sum(entry["count"] for entry in report["skipped_rows"].values()) == 1
 
 
 def test_without_rules_nothing_is_another(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -326,6 +375,43 @@ def test_scripts_without_spaces_are_a_line_in_the_report(tmp_path: Path, tokeniz
     assert report["splits"]["train"]["documents"] == 5
     [remark] = report["rules"]["remarks"]
     assert remark.startswith("documents in scripts without spaces between words: 5; for them the bounds on words")
+
+
+def test_the_reports_show_no_personal_data_that_is_replaced(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Not next to what another rule repairs, not next to another kind, not where it is found only after a repair."""
+    every = Rules(
+        encoding=True,
+        control_characters=True,
+        unicode="NFKC",
+        personal_data=list(PLANTED),
+        length={"max_characters": 99},
+    )
+    values = [value for kind in PLANTED for value in PLANTED[kind]]
+    for place, value in enumerate(values):
+        other = values[(place + 7) % len(values)]
+        rows = [
+            f"schÃ¶n {value} or {other}",
+            f"\x00 {other} or {value}",
+            f"ﬁ {value} or {other}",
+            f"{value} no repair {other}",
+        ]
+        rows += [f"{value[:3]}\x00{value[3:]}", "long " * 25 + value, f"{value} " + "long " * 25]
+        cleaner, tally = Cleaner(every), no_tally(every)
+        for row in rows:
+            after = cleaner.repair(document(row), tally)
+            if reason := cleaner.broken_bound(after, tally):
+                clean.drop(tally, reason, after, "")
+        shown = json.dumps(tally, ensure_ascii=False)
+        assert "schön" in shown and '"before"' in shown and "length.max" in shown
+        for text in (value, other, value[3:]):
+            assert json.dumps(text)[1:-1] not in shown, (text, shown)
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"text": f"schÃ¶n {value}"} for values in PLANTED.values() for value in values]
+    )
+    prepare(_options(tmp_path, tmp_path / "out", tokenizer_folder, every, validation_fraction=0, unit_bytes=60))
+    reports = b"".join((tmp_path / "out" / name).read_bytes() for name in ("report.json", "report.html"))
+    assert reports.count("schön".encode()) > 9
+    assert [value for value in values if value.encode() in reports] == []
 
 
 # Refused

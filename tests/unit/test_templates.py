@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,12 @@ def test_labels_that_the_tokenizer_does_not_tell_apart_are_refused(tmp_path: Pat
     with pytest.raises(
         ValueError, match=r"the tokenizer makes 'spam.*' of the answer 'Spam.*': it does not keep the text"
     ):
+        prepare(chosen)
+    content["normalizer"] = {"type": "NFC"}
+    (own / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    rows = [{"mail": f"m{number}", "kind": ("caf\u00e9", "cafe\u0301")[number % 2]} for number in range(4)]
+    chosen = options(tmp_path, own, write_jsonl(tmp_path / "b.jsonl", rows), MAILS, validation_fraction=0.0)
+    with pytest.raises(ValueError, match=re.escape(r"of the labels 'cafe\u0301' and 'caf\xe9': write them alike")):
         prepare(chosen)
 
 
