@@ -24,7 +24,7 @@ def render(request: Request, runs: Path, tasks: int = 1, job_name: str = "small"
     template = more.pop("template", "train.sbatch.j2")
     all_tasks = [Task(runs / f"run {i}", runs / f"run {i}" / "jobs" / "0001" / "recipe.yaml") for i in range(tasks)]
     output = f"{slurm.literal(all_tasks[0].run)}/slurm-%j.out"
-    life = {} if template == "export.sbatch.j2" else {"lead_seconds": 180, "requeue": True}
+    life = {"best": True} if template == "export.sbatch.j2" else {"lead_seconds": 180, "requeue": True}
     return slurm.render(template, request, all_tasks, title="test", job_name=job_name, output=output, **life | more)
 
 
