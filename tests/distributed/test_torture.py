@@ -132,12 +132,12 @@ def check_accounts(events: list[dict[str, Any]], kills: list[tuple[float, int]])
     for event in events[1:]:
         if event["event"] == "continue":
             seen = event["last_seen"]
-            # the newest sign of life is at most a heartbeat older than the kill that came in between, if one did; ranks
-            # that the launcher has started again give none before they have met
+            # the newest sign of life is at most a heartbeat older than the first kill that came in between, if one did;
+            # a start gives none before its ranks have met, nor do ranks that the launcher has started again
             again = any(e["event"] == "restart" and begun < e["time"] < event["time"] for e in events)
-            for killed, _ in kills:
-                if begun < killed < event["time"] and not again:
-                    assert seen < killed + 0.5 and (ready is None or seen > killed - 6), (seen, killed)
+            first = next((killed for killed, _ in kills if begun < killed < event["time"]), None)
+            if first is not None and not again:
+                assert seen < first + 0.5 and (ready is None or seen > first - 6), (seen, first, ready)
             if ready is None:
                 starting += seen - begun
             else:
