@@ -191,10 +191,19 @@ class Live:
     def kill(self) -> None:
         """SIGKILL to the launcher and all workers at once, as a lost node looks."""
         # workers are in sessions of their own: find them by their parent before it dies
-        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        for pid in [self.process.pid, *map(int, children)]:
+        workers = psutil.Process(self.process.pid).children()
+        for pid in [self.process.pid, *(worker.pid for worker in workers)]:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        while any(_lives(worker) for worker in workers):  # one that is still ending looks alive to `status`
+            time.sleep(0.01)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def comparable(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
