@@ -21,7 +21,7 @@ Row = tuple[int, Any, int]  # number in the part, a dict of fields or a BadRow, 
 
 @dataclass(frozen=True)
 class TaskTemplate:
-    """What a row of a table becomes, as ``templates.load_template`` reads it; ``{name}`` stands for a column."""
+    """What a row of a table becomes, as ``templates.parse_template`` reads it; ``{name}`` stands for a column."""
 
     file: str
     prompt: str  # the user's message

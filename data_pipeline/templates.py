@@ -4,45 +4,36 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from data_pipeline.documents import BadRow, Message, TaskTemplate, string_field
 
 MOST_CLASSES = 1000
 
 
-def load_template(path: Path) -> TaskTemplate:
-    """The template in a YAML file. Raises FileNotFoundError or ValueError, a sentence."""
-    if not path.is_file():
-        raise FileNotFoundError(f"the template {path} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the template {path} is not YAML: {' '.join(str(error).split())}") from None
+def parse_template(file: str, content: dict[str, Any]) -> TaskTemplate:
+    """The template that a YAML file holds; `file` names it. Raises ValueError, a sentence."""
     known = [field.name for field in fields(TaskTemplate) if field.name != "file"]
-    if not isinstance(content, dict) or not set(content) <= set(known):
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"the template {path} holds {found}; its keys are {', '.join(known)}")
+    if not set(content) <= set(known):
+        raise ValueError(f"the template {file} holds {', '.join(map(str, content))}; its keys are {', '.join(known)}")
     for name, text in content.items():
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"the template {path}: {name} must be a text, not {text!r}")
+            raise ValueError(f"the template {file}: {name} must be a text, not {text!r}")
         if name != "label":
             try:
                 columns = _columns(text)
             except ValueError as error:
-                raise ValueError(f"the template {path}: {name}: {error}") from None
+                raise ValueError(f"the template {file}: {name}: {error}") from None
             if name != "system" and not columns:
-                raise ValueError(f"the template {path}: {name} names no column, so all rows would give the same text")
+                raise ValueError(f"the template {file}: {name} names no column, so all rows would give the same text")
     if "prompt" not in content or ("response" in content) == ("label" in content):
         raise ValueError(
-            f"the template {path} needs prompt, and either response (a text with {{columns}}) or label (the column of "
+            f"the template {file} needs prompt, and either response (a text with {{columns}}) or label (the column of "
             "the class)"
         )
-    return TaskTemplate(str(path), **content)
+    return TaskTemplate(file, **content)
 
 
 def template_columns(template: TaskTemplate) -> tuple[str, ...]:

@@ -79,11 +79,13 @@ def compare_recipes(stored: Recipe, new: Recipe) -> list[str]:
         ValueError: a field differs that may not change, naming field, old and new value.
     """
     old_values, new_values = flatten(stored.model_dump()), flatten(new.model_dump())
+    # where evaluations are compared with one another, all must be of the same batches
+    compared = new.evaluate.early_stopping is not None or new.checkpoint.keep_best is not None
     announced: list[str] = []
     refused: list[str] = []
     for field in sorted(old_values.keys() | new_values.keys()):
         old, value = old_values.get(field), new_values.get(field)
-        if old == value or _is_in(field, FREE_FIELDS):
+        if old == value or (_is_in(field, FREE_FIELDS) and not (compared and field == "evaluate.batches")):
             continue
         (announced if _is_in(field, ANNOUNCED_FIELDS) else refused).append(f"{field}: {old!r} -> {value!r}")
     if refused:

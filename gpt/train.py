@@ -26,14 +26,7 @@ from gpt.model import DTYPES, build_config, check_weights, elements_of, tied_nam
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
-from gpt.run_directory import (
-    InUseError,
-    NotMetError,
-    SupersededError,
-    compare_recipes,
-    stored_recipe,
-    tokenizer_checksums,
-)
+from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_recipes, stored_recipe
 from gpt.stop_requests import StopRequests
 
 if TYPE_CHECKING:  # takes two seconds, which a launcher that only checks a recipe need not wait
@@ -435,7 +428,7 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
     """Everything that is known before step 1, into the run directory and onto the console; leftovers go."""
     from gpt.checkpoint.write import remove_leftovers
     from gpt.heartbeat import last_seen
-    from gpt.run_directory import describe_environment
+    from gpt.run_directory import describe_environment, tokenizer_checksums
 
     owner.check_ownership()  # the plan may have taken long, and a later start may be saving
     remove_leftovers(owner.path)

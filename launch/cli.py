@@ -20,6 +20,7 @@ from launch import model_commands
 from launch.console import AsJson, answering, print_values, progress_bar
 
 if TYPE_CHECKING:
+    from data_pipeline.documents import TaskTemplate
     from data_pipeline.rules import Rules
 
 RecipeFile = Annotated[str, typer.Argument(help="Recipe file; launch/recipes/*.yaml are found from any folder.")]
@@ -100,7 +101,6 @@ def prepare(
     from data_pipeline.prepare import prepare as run_prepare
     from data_pipeline.report import summarize
     from data_pipeline.sources import ReadOptions
-    from data_pipeline.templates import load_template
     from launch.environment import usable_cores
 
     delimiter = "\t" if delimiter == "\\t" else delimiter  # a shell passes the two characters
@@ -118,7 +118,7 @@ def prepare(
             delimiter=delimiter,
             encoding=encoding,
             skip_bad_rows=skip_bad_rows,
-            template=None if template is None else load_template(template),
+            template=None if template is None else _load_template(template),
         ),
         validation_fraction=validation_fraction,
         validation_inputs=validation_input or [],
@@ -135,6 +135,15 @@ def prepare(
         answer(report)
         if not as_json:
             print_values(summarize(report) | ({"report": str(out / "report.html")} if "splits" in report else {}))
+
+
+def _load_template(file: Path) -> "TaskTemplate":
+    from data_pipeline.templates import parse_template
+    from gpt.recipe_file import read_mapping
+
+    if not file.is_file():
+        raise FileNotFoundError(f"the template {file} does not exist")
+    return parse_template(str(file), read_mapping(file, "template"))
 
 
 def _load_rules(file: str) -> "Rules":

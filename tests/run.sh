@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and tests. `tests/run.sh` takes about 9 minutes on 2 cores; `--full` runs the full tests in the
+# Checks and tests. `tests/run.sh` takes about 10 minutes on 2 cores; `--full` runs the full tests in the
 # place of those with fewer cases; other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -70,9 +70,9 @@ class DirectFile:
         self._filled_bytes = 0
 
     def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if self._pending is not None:
+            self._pending.result()  # interrupted here, it is still waited for by `close`
+            self._pending = None
 
     def _write_block(self, block: memoryview, start: int) -> None:
         while len(block):

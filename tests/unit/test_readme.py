@@ -13,7 +13,7 @@ import recipe_reference
 import typer.main
 import yaml
 
-from data_pipeline.templates import load_template
+from data_pipeline.templates import parse_template
 from gpt.recipe import Recipe, Section
 from gpt.recipe_file import parse_recipe, parse_section
 from gpt.task import KINDS
@@ -106,10 +106,9 @@ def test_the_tasks_of_the_examples_are_valid() -> None:
     assert tasks[0].prompt == "Question: {question}\nAnswer:"
 
 
-def test_the_template_of_the_example_is_valid(tmp_path: Path) -> None:
+def test_the_template_of_the_example_is_valid() -> None:
     [block] = code_blocks(section("Tasks from tables"), "yaml")
-    (tmp_path / "template.yaml").write_text(block, encoding="utf-8")
-    assert load_template(tmp_path / "template.yaml").response == "{de}"
+    assert parse_template("of README.md", yaml.safe_load(block)).response == "{de}"
 
 
 def test_the_recipe_of_the_example_is_valid() -> None:

@@ -423,6 +423,15 @@ def test_free_fields_change_silently(changes: dict[str, Any]) -> None:
     assert compare_recipes(make_recipe(), make_recipe(changes)) == []
 
 
+@pytest.mark.parametrize("compared", [{"checkpoint.keep_best": 1}, {"evaluate.early_stopping": {}}])
+def test_the_batches_of_evaluations_that_are_compared_stay(compared: dict[str, Any]) -> None:
+    before = {"evaluate.every_steps": 5, "checkpoint.every_steps": 5, **compared}
+    stored = make_recipe(before)
+    assert compare_recipes(stored, make_recipe(before | {"evaluate.sample_tokens": 0})) == []
+    with pytest.raises(ValueError, match=r"belongs to another recipe: evaluate.batches: None -> 3"):
+        compare_recipes(stored, make_recipe(before | {"evaluate.batches": 3}))
+
+
 def test_lengths_and_learning_rates_are_announced() -> None:
     changes = {
         "train.tokens": 5000,

@@ -15,12 +15,14 @@ import yaml
 from data_samples import save_tokenizer, write_jsonl
 
 from data_pipeline.chat import ChatRenderer
+from data_pipeline.documents import TaskTemplate
 from data_pipeline.prepare import PrepareOptions, prepare
 from data_pipeline.sources import ReadOptions, find_files, read_documents
-from data_pipeline.templates import load_template
+from data_pipeline.templates import parse_template
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load_tokenizer
-from launch.cli import app
+from gpt.recipe_file import read_mapping
+from launch.cli import _load_template, app
 
 TRANSLATION = {"system": "Be exact.", "prompt": "Into German ({{en}}, {n}): {en}", "response": "{de}"}
 ROWS: list[dict[str, Any]] = [
@@ -40,6 +42,10 @@ def template_file(folder: Path, content: Any) -> Path:
     file = folder / "template.yaml"
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
     return file
+
+
+def load_template(file: Path) -> TaskTemplate:
+    return parse_template(str(file), read_mapping(file, "template"))
 
 
 def table(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
@@ -216,7 +222,8 @@ def test_a_column_that_is_missing_is_named(tmp_path: Path, tokenizer: Path, kind
         ({"prompt": "{a}", "response": "{b}", "label": "c"}, "needs prompt, and either response"),
         ({"response": "{b}"}, "needs prompt"),
         ({"prompt": "{a}", "answer": "{b}"}, "holds answer, prompt; its keys are prompt, response, label, system"),
-        ("[1]", "holds list; its keys are"),
+        ("[1]", "holds list, not a mapping of keys to values"),
+        ('prompt: "{a}"\nprompt: "{b}"\nresponse: "{c}"', "prompt"),
         ("{", "is not YAML"),
         ({"prompt": "Translate", "response": "{b}"}, "prompt names no column, so all rows would give the same text"),
         ({"prompt": "{a}", "response": 1}, "response must be a text, not 1"),
@@ -229,12 +236,12 @@ def test_a_bad_template_is_refused(tmp_path: Path, content: Any, problem: str) -
     file = template_file(tmp_path, content)
     with pytest.raises(ValueError) as refused:
         load_template(file)
-    assert str(refused.value).startswith(f"the template {file}") and problem in str(refused.value)
+    assert f"template {file}" in str(refused.value) and problem in str(refused.value)
 
 
 def test_a_template_needs_a_table(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the template absent.yaml does not exist"):
-        load_template(Path("absent.yaml"))
+        _load_template(Path("absent.yaml"))
     template = load_template(template_file(tmp_path, TRANSLATION))
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=r"the extension '.txt' is unknown"):
