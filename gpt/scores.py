@@ -273,6 +273,8 @@ def _greedy(
 ) -> list[str]:
     """The most likely answer to each question, cut off at `stop`."""
     encoded = [_at(question, encoder.encode, _prompt(encoder, question)) for question in questions]
+    first = encoded[0]
+    _require_numbers(questions[0], np.array(_log_likelihoods(model, [(first + first[-1:], len(first))], None)))
     # else transformers adds the folder's own repetition_penalty and the like, and not the likeliest token is taken
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     sampling = Sampling(task.max_new_tokens)

@@ -141,6 +141,8 @@ def test_a_model_without_numbers_has_no_score(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, chat=False)
     with pytest.raises(ValueError, match=r"task.jsonl:1: the model's logits are not numbers \(NaN\)"):
         evaluate_task(tmp_path, write_task(tmp_path, CHOICE, [{"q": "x", "options": ["a", "b"], "answer": 0}]))
+    with pytest.raises(ValueError, match=r"task.jsonl:1: the model's logits are not numbers \(NaN\)"):
+        evaluate_task(tmp_path, write_task(tmp_path, MATCH, [{"q": "x", "answer": "a"}]))
     pytest.importorskip("sklearn", reason="the extra tasks is not installed")
     with pytest.raises(ValueError, match=r"task.jsonl:1: the model's logits are not numbers \(NaN\)"):
         evaluate_task(tmp_path, write_task(tmp_path, CLASSES | {"labels": ["a", "b"]}, [{"q": "x", "label": 0}]))
