@@ -71,7 +71,7 @@ def hosts() -> Iterator[Hosts]:
 def start(runs: Runs, hosts: Hosts, log: str) -> list[Live]:
     """One rank on each host."""
     return [
-        runs.start("cut", "--nodes", "2", "--node-rank", str(node), "--rendezvous", f"{ADDRESSES[0]}:29511",
+        runs.start("cut_off", "--nodes", "2", "--node-rank", str(node), "--rendezvous", f"{ADDRESSES[0]}:29511",
                    processes=1, log=f"-{log}-{node}", prefix=("ip", "netns", "exec", name),
                    faults={"hang_seconds": HANG_SECONDS}, checkpoint={"every_steps": 2})
         for node, name in enumerate(hosts.names)
@@ -80,7 +80,7 @@ def start(runs: Runs, hosts: Hosts, log: str) -> list[Live]:
 
 @pytest.mark.full
 def test_a_host_that_is_cut_off_is_named_and_the_run_goes_on_when_it_is_back(reference: Runs, hosts: Hosts) -> None:
-    cut = start(reference, hosts, "cut")
+    cut = start(reference, hosts, "cut_off")
     cut[0].wait_until(lambda: cut[0].has_checkpoint(2))
     hosts.link("down")
     cut_at = time.monotonic()
@@ -96,15 +96,15 @@ def test_a_host_that_is_cut_off_is_named_and_the_run_goes_on_when_it_is_back(ref
     assert re.search(
         rf"error: no progress for \d+ s: {this} gave no answer over .*: it or this host is cut off", second
     )
-    assert reference.events("cut")[-1]["event"] == "failed"
-    assert "node 1" in reference.events("cut")[-1]["reason"]
+    assert reference.events("cut_off")[-1]["event"] == "failed"
+    assert "node 1" in reference.events("cut_off")[-1]["reason"]
 
     hosts.link("up")
     whole = start(reference, hosts, "whole")
     for live in whole:
         assert live.process.wait(timeout=120) == 0, live.log.read_text()
     assert re.search(r"resumed at step \d+, .*PASS", whole[0].log.read_text(), re.DOTALL)
-    assert comparable(reference.metrics("cut")) == comparable(reference.metrics("reference"))
+    assert comparable(reference.metrics("cut_off")) == comparable(reference.metrics("reference"))
 
 
 @pytest.mark.full
