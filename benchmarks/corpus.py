@@ -1,4 +1,4 @@
-"""Build the benchmarks' text: some 230 MB of documentation from Debian packages, as JSONL with one field, ``text``.
+"""Build the benchmarks' text: some 450 MB of documentation from Debian packages, as JSONL with one field, ``text``.
 
     python benchmarks/corpus.py [FOLDER]
 
@@ -36,6 +36,11 @@ PACKAGES = (
     "rust-doc",
     "sqlite3-doc",
     "vim-doc",
+    "erlang-doc",
+    "ghc-doc",
+    "libboost1.74-doc",
+    "python-pandas-doc",
+    "qtbase5-doc-html",
 )
 WITH_SOURCES = ("anarchism", "linux-doc-6.1", "python3.11-doc")  # these hold every page twice, the second time as HTML
 SUFFIXES = (".html", ".htm", ".txt", ".rst", ".md", ".pod", ".dict.dz")
