@@ -74,6 +74,7 @@ class RunEvaluation:
 
     stream: ValidationStream
     batches: int | None
+    micro_batch_sequences: int | None
     byte_lengths: np.ndarray | None
     tokenizer: PreTrainedTokenizerBase
     sample_prompt_ids: list[int]
@@ -90,13 +91,14 @@ class RunEvaluation:
         if self.batches is not None:
             samples = min(samples, self.batches * plan.global_batch_sequences)
         share = -(-samples // ranks.world_size)
+        rows_per_forward = min(self.micro_batch_sequences or plan.rows_per_forward, share)
         sums = np.zeros(4)
-        for start in range(0, share, plan.rows_per_forward):
+        for start in range(0, share, rows_per_forward):
             first = ranks.rank * share + start
-            end = min(first + plan.rows_per_forward, (ranks.rank + 1) * share, samples)
+            end = min(first + rows_per_forward, (ranks.rank + 1) * share, samples)
             indices = np.arange(first, max(first, end), dtype=np.uint64)
             rows = self.stream.rows(indices)
-            [batch] = micro_batches(rows, 1, plan.rows_per_forward, ranks.device)
+            [batch] = micro_batches(rows, 1, rows_per_forward, ranks.device)
             sums += sum_over_rows(trainer.forward, batch, self.byte_lengths)
             if trainer.heartbeat is not None:
                 trainer.heartbeat.progress()

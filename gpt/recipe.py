@@ -285,6 +285,9 @@ class Evaluate(Section):
     """Evaluate each so many steps, and always at the end. null: only at the end."""
     batches: PositiveInt | None = None
     """Global batches of validation data per evaluation, from the start, in fixed order. null: all of it."""
+    micro_batch_sequences: PositiveInt | None = None
+    """The most sequences that one forward of a rank holds in an evaluation, which needs less memory than training.
+    null: as many as in training."""
     metric: Literal["loss", "perplexity", "accuracy", "bits_per_byte"] = "loss"
     """What tells the best step, for early_stopping, checkpoint.keep_best and `trainyard export --best`: the highest
     accuracy, the lowest of the others."""

@@ -465,6 +465,7 @@ def _build_evaluation(plan: RunPlan) -> Callable[..., Any] | None:
     return RunEvaluation(
         stream=plan.validation,
         batches=settings.batches,
+        micro_batch_sequences=settings.micro_batch_sequences,
         byte_lengths=token_byte_lengths(plan.tokenizer),
         tokenizer=plan.tokenizer,
         sample_prompt_ids=prompt,

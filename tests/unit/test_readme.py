@@ -1,6 +1,7 @@
 """README.md says what is true: recipe reference, example, tags, files, dependencies and options."""
 
 import ast
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import recipe_reference
 import typer.main
 import yaml
+from transformers import TrainingArguments
 
 from data_pipeline.templates import parse_template
 from gpt.recipe import Recipe, Section
@@ -54,6 +56,16 @@ def test_the_references_are_up_to_date(name: str) -> None:
     assert recipe_reference.replace_section(README, recipe_reference.reference(name), name) == README, (
         "run: python tests/unit/recipe_reference.py --write"
     )
+
+
+def test_the_fields_of_transformers_and_their_recipe_fields_exist() -> None:
+    rows = re.findall(r"^\| `(\w+)`( \(4\))? \| (.*?) \|", section("Coming from transformers' Trainer"), re.MULTILINE)
+    theirs = [name for name, *_ in rows if name != "TrainingArguments"]
+    assert len(theirs) == len(set(theirs)) > 35
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert [name for name, old, _ in rows[1:] if (name in known) == bool(old)] == []
+    ours = [name for *_, fields in rows[1:] for name in re.findall(r"`([^`]+)`", fields)]
+    assert sorted(set(ours) - set(first_column(recipe_reference.reference()))) == []
 
 
 def test_the_reference_has_a_row_for_every_field() -> None:

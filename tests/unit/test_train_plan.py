@@ -342,6 +342,40 @@ def test_prompt_and_sample_stay_within_a_sequence(
     assert isinstance(evaluation.byte_lengths, np.ndarray)
 
 
+@pytest.mark.parametrize(
+    ("settings", "shapes"),
+    [({}, [2, 2, 2, 2]), ({"micro_batch_sequences": 5}, [5, 5]), ({"micro_batch_sequences": 64}, [8])],
+)
+def test_an_evaluation_has_its_own_batch_size_and_the_same_sums(
+    prepared_data: PreparedData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, int],
+    shapes: list[int],
+) -> None:
+    from small_checkpoint import make_model
+
+    monkeypatch.setattr(distributed, "gather_floats", lambda values, ranks: np.array([values]))
+    changes = {"evaluate": {"batches": 1, "sample_tokens": 0, **settings}}
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path, changes), 1)
+    evaluation: Any = _build_evaluation(plan)
+    model, seen = make_model(vocab_size=300).eval(), []
+
+    def forward(input_ids: Any, position_ids: Any) -> Any:
+        seen.append(len(input_ids))
+        return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    trainer = SimpleNamespace(engine=model, forward=forward, batch=plan.batch, ranks=ranks, heartbeat=None)
+    measured = evaluation(trainer)
+    assert seen == shapes
+    rows = evaluation.stream.rows(np.arange(8, dtype=np.uint64))
+    logits = forward(torch.from_numpy(rows.input_ids), torch.from_numpy(rows.position_ids))
+    targets = torch.from_numpy(np.where(rows.target_mask, rows.targets, -100))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert measured.loss == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_without_validation_data_there_is_no_evaluation(prepared_data: PreparedData, tmp_path: Path) -> None:
     assert _build_evaluation(plan_run(recipe_for(prepared_data.text, tmp_path, {"data.validation": None}), 1)) is None
 
