@@ -12,23 +12,14 @@ import numpy as np
 from ftfy.badness import is_bad
 
 from data_pipeline.documents import Document, text_bytes, texts_of
+from data_pipeline.n_grams import MIX, has_spaces
 from data_pipeline.personal_data import REPLACEMENTS, placeholder
 from data_pipeline.rules import Bounds, Rules
 
 EXAMPLES_KEPT = 3
 EXCERPT_CHARACTERS = 120
 SHORT_LINE_CHARACTERS = 30
-UNSPACED_SHARE = 0.1  # of the characters; from here on a text does not put spaces between its words
 
-# first and last: Thai and Lao, Tibetan, Burmese, Khmer, Hiragana and Katakana, Han
-_UNSPACED = (
-    (0x0E00, 0x0EFF),
-    (0x0F00, 0x109F),
-    (0x1780, 0x17FF),
-    (0x3040, 0x30FF),
-    (0x3400, 0x9FFF),
-    (0x20000, 0x3FFFF),
-)
 _LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+")
 _CONTROL_BYTES = bytes([*range(9), *range(0x0B, 0x20), 0x7F])
@@ -38,8 +29,6 @@ _BULLETS = ("•", "‣", "*", "-")
 _ELLIPSES = ("...", "…")
 # Latin; then Hindi and Bengali, Urdu and Arabic, Amharic, Armenian, Chinese and Japanese
 _PUNCTUATION = (*".!?\"'", "…", "”", "\u2019", *"।॥\u06d4؟።\u0589。\uff01\uff1f")
-
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with its bits spread evenly: 2**64 divided by the golden ratio
 
 # Why a document is dropped: the bound's name, and the value with it
 Reason = tuple[str, str]
@@ -51,6 +40,7 @@ def no_tally(rules: Rules) -> dict[str, Any]:
     changed = [name for name, _ in _repairs(rules)]
     dropped = [f"{section}.{name}" for section, bounds in _bounds(rules) for name in _bound_names(bounds)]
     dropped += ["duplicates.exact"] if rules.duplicates else []
+    dropped += ["duplicates.near"] if rules.duplicates == "near" else []
     return {
         "documents_in": 0,
         "bytes_in": 0,
@@ -122,7 +112,7 @@ class Cleaner:
                 if document.messages is not None:
                     continue
                 if spaced is None:
-                    spaced = _has_spaces(text.text)
+                    spaced = has_spaces(text.text)
                     tally["documents_without_spaces"] += not spaced
                 if not spaced:
                     continue
@@ -211,16 +201,6 @@ def _bounds(rules: Rules) -> list[tuple[str, Bounds]]:
 
 def _bound_names(bounds: Bounds) -> list[str]:
     return [name for name, value in bounds if name.startswith(("min_", "max_")) and value is not None]
-
-
-def _has_spaces(text: str) -> bool:
-    """Whether the script puts spaces between words."""
-    if text.isascii():
-        return True
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    codes = codes[codes >= _UNSPACED[0][0]]
-    unspaced = sum(int(((codes >= first) & (codes <= last)).sum()) for first, last in _UNSPACED)
-    return unspaced < UNSPACED_SHARE * len(text)
 
 
 class _Text:
@@ -314,7 +294,7 @@ def _n_grams(text: _Text, enough: float) -> Iterator[Measure]:
     starts = np.concatenate([[0], np.cumsum(text.lengths[ids])])
     more = (np.fromiter(text.counts.values(), np.int64, len(numbers)) > 1)[ids]
     places = np.flatnonzero(more[:-1] & more[1:])
-    mixed = (ids.astype(np.uint64) + np.uint64(1)) * _MIX
+    mixed = (ids.astype(np.uint64) + np.uint64(1)) * MIX
     mixed ^= mixed >> np.uint64(29)
     keys = mixed[places]
     for n in range(2, 11):
@@ -323,7 +303,7 @@ def _n_grams(text: _Text, enough: float) -> Iterator[Measure]:
             places, keys = places[fits], keys[fits]
         if not places.size:
             return
-        keys = keys * _MIX + mixed[places + n - 1]
+        keys = keys * MIX + mixed[places + n - 1]
         order = np.argsort(keys, kind="stable" if n >= 4 else None)
         ordered, sorted_places = keys[order], places[order]
         again = np.zeros(keys.size + 1, dtype=bool)  # equal to the one before, in sorted order

@@ -1,6 +1,8 @@
-"""Exact duplicates by the 64-bit hash of their content, in memory that does not grow with the number of documents.
+"""Duplicates by 64-bit hashes: exact ones by that of their content, near ones by those of their MinHash bands.
 
-But for one text that stands there very often: all its hashes are held at a time, with rules one of each unit.
+Hashes are held a bucket at a time, so that memory does not grow with their number, but for one that stands there very
+often: all its occurrences are held, with rules (of equal documents) one of each unit. Clusters of near duplicates take
+8 bytes a document beside.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.plan import Plan
-from data_pipeline.unit_documents import REPEATED, judged_path
+from data_pipeline.unit_documents import KEPT, NEAR, NEAR_HASHES, REPEATED, judged_path
 
 BUCKET_HASHES = 2**24  # held in memory at a time: 128 MiB, and as much again twice to mark them
 
@@ -31,13 +33,27 @@ def count_duplicates(plan: Plan, hashes: dict[str, list[Path]]) -> dict[str, int
 
 
 def mark_duplicates(plan: Plan) -> None:
-    """Mark in the verdicts all but the first of equal documents; validation's come before training's.
+    """Mark in the verdicts all but the first of equal documents and, where the rules say so, of each cluster of near
+    duplicates; those in files for validation come before training's.
 
     Done again, as after an interruption, it marks the same.
 
     Raises:
         ValueError: nothing is left in training, as all of it stands in the files for validation.
     """
+    assert plan.rules is not None
+    _mark_exact(plan)
+    if plan.rules.duplicates == "near":
+        _mark_near(plan)
+    left = {int(verdict) for unit in plan.units for verdict in _training_verdicts(plan, unit.number)}
+    if plan.validation_threshold is None and left and left <= {REPEATED, NEAR}:
+        raise ValueError(
+            "all training documents stand in the validation inputs, too (duplicates: "
+            f"{plan.rules.duplicates}): give other files"
+        )
+
+
+def _mark_exact(plan: Plan) -> None:
     units = [(unit.number, split) for split in reversed(plan.splits) for unit in plan.units]
     for [parts] in zip(
         *_buckets([[judged_path(plan, number, f"{split}.hashes") for number, split in units]]), strict=True
@@ -54,11 +70,67 @@ def mark_duplicates(plan: Plan) -> None:
                 places = np.fromfile(judged_path(plan, number, f"{split}.places"), "<u4")
                 verdicts = np.memmap(judged_path(plan, number, "verdicts"), np.uint8, "r+")
                 verdicts[places[begin + marked]] = REPEATED
-    left = {int(verdict) for unit in plan.units for verdict in _training_verdicts(plan, unit.number)}
-    if plan.validation_threshold is None and left == {REPEATED}:
-        raise ValueError(
-            "all training documents stand in the validation inputs, too (duplicates: exact): give other files"
+
+
+def _mark_near(plan: Plan) -> None:
+    """Of each cluster, which is what equal bands link, the first document stays.
+
+    Clusters are trees in an array, which names for each document one before it, or itself.
+    """
+    sizes = [judged_path(plan, unit.number, "verdicts").stat().st_size for unit in plan.units]
+    begins = np.cumsum([0, *sizes])
+    above = np.arange(begins[-1])
+    first = _first_for_validation(plan, begins)
+    hash_paths, place_paths = (
+        [judged_path(plan, unit.number, f"{NEAR_HASHES}.{what}") for unit in plan.units]
+        for what in ("hashes", "places")
+    )
+    for [parts] in zip(*_buckets([hash_paths]), strict=True):
+        hashes = np.concatenate([part for _, part in parts])
+        documents = np.concatenate(
+            [
+                np.fromfile(path, "<u4", part.size, offset=4 * edge) + begin
+                for path, begin, (edge, part) in zip(place_paths, begins, parts, strict=False)
+            ]
         )
+        order = np.argsort(hashes, kind="stable")
+        linked = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        documents = (documents - first) % max(1, above.size)
+        _join(above, documents[order[linked]], documents[order[linked + 1]])
+    for begin, end, unit in zip(begins, begins[1:], plan.units, strict=False):
+        documents = (np.arange(begin, end) - first) % max(1, above.size)
+        repeated = _roots(above, documents) != documents
+        if repeated.any():
+            verdicts = np.memmap(judged_path(plan, unit.number, "verdicts"), np.uint8, "r+")
+            verdicts[repeated & (verdicts == KEPT)] = NEAR
+
+
+def _first_for_validation(plan: Plan, begins: np.ndarray) -> int:
+    """The first document of the files for validation, which are the last ones; 0 where there are no such files."""
+    if plan.validation_threshold is None:
+        for begin, unit in zip(begins, plan.units, strict=False):
+            places = np.fromfile(judged_path(plan, unit.number, "validation.places"), "<u4")
+            if places.size:
+                return int(begin + places.min())
+    return 0
+
+
+def _join(above: np.ndarray, ones: np.ndarray, others: np.ndarray) -> None:
+    """Make one tree of the two that each pair stands in."""
+    while ones.size:
+        ones, others = _roots(above, ones), _roots(above, others)
+        apart = ones != others
+        ones, others = np.minimum(ones, others)[apart], np.maximum(ones, others)[apart]
+        np.minimum.at(above, others, ones)
+
+
+def _roots(above: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The first places of their trees; the way to them is made short."""
+    roots = above[places]
+    while not np.array_equal(higher := above[roots], roots):
+        roots = higher
+    above[places] = roots
+    return roots
 
 
 def _training_verdicts(plan: Plan, number: int) -> np.ndarray:

@@ -123,6 +123,7 @@ class Rules(RuleSection):
     """Lines as in FineWeb (arXiv:2406.17557, 3.5)."""
     gopher_repetition: GopherRepetition | None = None
     """Repeated lines, paragraphs and n-grams as in Gopher (arXiv:2112.11446, table A1)."""
-    duplicates: Literal["exact"] | None = None
+    duplicates: Literal["exact", "near"] | None = None
     """exact: of documents that are equal after the rules above the first one stays; of one that stands in the
-    validation inputs, none stays in training."""
+    validation inputs, none stays in training. near: likewise of documents that share most of their runs of five words
+    (MinHash-LSH), too."""

@@ -13,19 +13,24 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.documents import text_bytes
+from data_pipeline.documents import text_bytes, texts_of
 from data_pipeline.plan import Plan
 from data_pipeline.shard_writer import write_file_atomically
 from data_pipeline.sources import Document, Ledger, read_documents
 
 RECORDS = ".units"
-KEPT, DROPPED, REPEATED = range(3)
+KEPT, DROPPED, REPEATED, NEAR = range(4)
+NEAR_HASHES = "near"  # beside those of the splits: some of each document, which near duplicates share
+REPETITIONS = {
+    REPEATED: ("duplicates.exact", "stands elsewhere"),
+    NEAR: ("duplicates.near", "much of it stands elsewhere"),
+}
 
 Report = Callable[[float], None]  # the share of the unit that is done
 
 
 def judged_path(plan: Plan, number: int, what: str) -> Path:
-    """Of a unit: "json" its record, "verdicts", "train.hashes" and "train.places" (in the unit; and of validation)."""
+    """Of a unit: "json" its record, "verdicts", "train.hashes" and "train.places" (in the unit; of "near", too)."""
     return plan.output / RECORDS / f"j-{number:05d}.{what}"
 
 
@@ -78,21 +83,23 @@ def kept_documents(
             document = cleaner.repair(document)
             yield file, document, document_content(document)
             continue
-        if verdict == REPEATED and tally is not None:
+        if verdict in REPETITIONS and tally is not None:
             document = cleaner.repair(document)
-            drop(tally, ("duplicates.exact", "stands elsewhere"), document, plan.files[file].label)
+            drop(tally, REPETITIONS[verdict], document, plan.files[file].label)
         yield file, document, None
 
 
 def judge_unit(plan: Plan, number: int, report: Report) -> None:
     """Write a unit's verdicts, the hashes of the documents that its own rules keep, and its record."""
     from data_pipeline.clean import Cleaner, drop, no_tally
+    from data_pipeline.n_grams import band_hashes
 
     assert plan.rules is not None
     cleaner = Cleaner(plan.rules)
     tally = no_tally(plan.rules)
     verdicts = bytearray()
-    kept: dict[str, tuple[array[int], array[int]]] = {name: (array("Q"), array("I")) for name in plan.splits}
+    groups = [*plan.splits, *([NEAR_HASHES] if plan.rules.duplicates == "near" else [])]
+    kept: dict[str, tuple[array[int], array[int]]] = {name: (array("Q"), array("I")) for name in groups}
     for file, document in read_unit(plan, number, Ledger(), report):
         tally["documents_in"] += 1
         tally["bytes_in"] += text_bytes(document)
@@ -104,25 +111,42 @@ def judge_unit(plan: Plan, number: int, report: Report) -> None:
             drop(tally, reason, document, label)
         elif content:
             content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
-            own_hashes, own_places = kept[plan.split_of(file, content_hash)]
-            own_hashes.append(content_hash)
-            own_places.append(len(verdicts))
+            hashes = {plan.split_of(file, content_hash): [content_hash]}
+            if NEAR_HASHES in kept:
+                hashes[NEAR_HASHES] = band_hashes("\n".join(texts_of(document)))
+            for name, values in hashes.items():
+                kept[name][0].extend(values)
+                kept[name][1].extend([len(verdicts)] * len(values))
         verdicts.append(KEPT if reason is None else DROPPED)
-    kept_counts = {}
+    counts = _write_hashes(plan, number, kept, verdicts)
+    write_file_atomically(judged_path(plan, number, "verdicts"), bytes(verdicts))
+    record = {"identity": plan.identity, "hashes": counts, "tally": tally}
+    write_file_atomically(judged_path(plan, number, "json"), json.dumps(record).encode())
+
+
+def _write_hashes(
+    plan: Plan, number: int, kept: dict[str, tuple["array[int]", "array[int]"]], verdicts: bytearray
+) -> dict[str, int]:
+    """Write hashes in their order, and the places of their documents; return how many there are.
+
+    A unit's own exact duplicates are marked here, so that one text however frequent stays one hash.
+    """
+    assert plan.rules is not None
+    counts = {}
     for name, columns in kept.items():
         hashes, places = (np.array(column, dtype=kind) for column, kind in zip(columns, ("<u8", "<u4"), strict=True))
         order = np.argsort(hashes, kind="stable")
-        if plan.rules.duplicates:  # a unit's own are marked here, so that one text however frequent stays one hash
+        if name == NEAR_HASHES:
+            order = order[np.frombuffer(verdicts, np.uint8)[places[order]] == KEPT]
+        elif plan.rules.duplicates:
             again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) + 1
             for place in places[order[again]]:
                 verdicts[place] = REPEATED
             order = np.delete(order, again)
         for what, values in (("hashes", hashes), ("places", places)):
             write_file_atomically(judged_path(plan, number, f"{name}.{what}"), values[order].tobytes())
-        kept_counts[name] = order.size
-    write_file_atomically(judged_path(plan, number, "verdicts"), bytes(verdicts))
-    record = {"identity": plan.identity, "kept": kept_counts, "tally": tally}
-    write_file_atomically(judged_path(plan, number, "json"), json.dumps(record).encode())
+        counts[name] = order.size
+    return counts
 
 
 def unit_is_judged(plan: Plan, number: int) -> bool:
@@ -134,7 +158,7 @@ def unit_is_judged(plan: Plan, number: int) -> bool:
     if record["identity"] != plan.identity:
         return False
     sizes = {"verdicts": record["tally"]["documents_in"]}
-    for name, count in record["kept"].items():
+    for name, count in record["hashes"].items():
         sizes |= {f"{name}.hashes": 8 * count, f"{name}.places": 4 * count}
     paths = {judged_path(plan, number, what): size for what, size in sizes.items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
@@ -161,7 +185,7 @@ def judged_tally(plan: Plan) -> dict[str, Any]:
 def require_kept(plan: Plan) -> None:
     """Raise ValueError where the rules keep nothing of the inputs, or nothing of a split that has files of its own."""
     records = [json.loads(judged_path(plan, unit.number, "json").read_bytes()) for unit in plan.units]
-    kept = {name: sum(record["kept"][name] for record in records) for name in plan.splits}
+    kept = {name: sum(record["hashes"][name] for record in records) for name in plan.splits}
     tally = judged_tally(plan)
     dropped = {name: entry["documents"] for name, entry in tally["dropped"].items() if entry["documents"]}
     empty = [name for name, count in kept.items() if not count]
