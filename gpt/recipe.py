@@ -142,7 +142,7 @@ class Data(Section):
 
 
 class Train(Section):
-    """Batch and length of the run. Exactly one of tokens, epochs and steps."""
+    """Batch and length of the run (exactly one of tokens, epochs and steps), and what is done to the loss."""
 
     global_batch_tokens: PositiveInt
     """Tokens that one optimizer step sees, over all ranks: a whole number of sequences."""
@@ -156,7 +156,13 @@ class Train(Section):
     steps: PositiveInt | None = None
     """Length of the run in optimizer steps."""
     seed: Annotated[Int, Field(ge=0)] = 0
-    """Seed of initial weights, data order and dropout."""
+    """Seed of initial weights, data order, dropout and embedding noise."""
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that goes to all tokens of the vocabulary alike in what is minimised (arXiv:1512.00567,
+    section 7). The losses that are reported, of training and validation, are without it."""
+    neftune_noise_alpha: PositiveFloat | None = None
+    """Add uniform noise to the embeddings of training rows, at most alpha / sqrt(sequence_length * width) (NEFTune,
+    arXiv:2310.05914): a function of seed and sample, so neither ranks nor a resume change it. null: none."""
 
     @model_validator(mode="after")
     def _exactly_one_length(self) -> "Train":

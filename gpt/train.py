@@ -21,6 +21,7 @@ from data_pipeline.stream import TrainingStream, ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
+from gpt.embedding_noise import embedding_noise
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
 from gpt.model import DTYPES, build_config, check_weights, elements_of, tied_names
 from gpt.optimizer import Schedule
@@ -332,6 +333,7 @@ def _run_claimed(
         load=lambda: load_newest(plan, engine, state, ranks),
         stop_requested=stop_requested,
         uncompiled=uncompiled,
+        embedding_noise=embedding_noise(model, recipe.train),
         flops_per_token=flops_per_token(
             matrix_parameters, layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
         ),
@@ -347,20 +349,14 @@ def _run_claimed(
 
 
 def _build_saver(
-    plan: RunPlan,
-    state: Any,
-    ranks: Any,
-    owner: Any,
-    generation: int,
-    model: "PreTrainedModel",
-    metrics: Any,
-    uncompiled: Any,
+    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, uncompiled: Any
 ) -> Any:
     from gpt.model import draws_random_numbers
     from gpt.saver import Saver
 
     sync = metrics.sync if metrics is not None else lambda: None
-    same_as_evaluation = uncompiled is nullcontext and not draws_random_numbers(model)
+    random = draws_random_numbers(model) or plan.recipe.train.neftune_noise_alpha is not None
+    same_as_evaluation = uncompiled is nullcontext and not random
     return Saver(plan, state, ranks, owner, generation, tied_names(model), sync, same_as_evaluation)
 
 

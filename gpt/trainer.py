@@ -24,7 +24,7 @@ from gpt.distributed import Ranks
 from gpt.divergence import Fault, LossWatch, Origin, RandomState, first_non_finite, random_state, set_random_state
 from gpt.early_stopping import Patience, cost, evaluations
 from gpt.heartbeat import STRAGGLER_STEPS, Heartbeat, Stragglers, busy_seconds, read_beat
-from gpt.loss import cross_entropy_sum, loss_for_backward
+from gpt.loss import loss_for_backward, smoothed_cross_entropy_sums
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib, recent_losses
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
@@ -63,6 +63,10 @@ class BatchSource:
         self._ready = {s: self._ready.get(s) or self._threads.submit(self._make, s) for s in ahead}
         return result
 
+    def first_position(self, step: int) -> int:
+        """Position of this rank's first sample of a step in the data order."""
+        return self.positions.first(step) + self._batch.rank_range(self._ranks.rank)[0]
+
     def first_row(self, step: int) -> MicroBatch:
         """The first sequence of a step's global batch, the same on every rank."""
         position = self.positions.first(step)
@@ -83,9 +87,8 @@ class BatchSource:
         self._threads.shutdown(cancel_futures=True)
 
     def _make(self, step: int) -> list[MicroBatch]:
-        first, end = self._batch.rank_range(self._ranks.rank)
-        start = self.positions.first(step)
-        rows, plan = self._stream.rows(range(start + first, start + end)), self._batch
+        (first, end), start = self._batch.rank_range(self._ranks.rank), self.first_position(step)
+        rows, plan = self._stream.rows(range(start, start + end - first)), self._batch
         return micro_batches(rows, plan.accumulation_steps, plan.rows_per_forward, self._ranks.device)
 
 
@@ -94,6 +97,8 @@ class StepBatch:
     """One optimizer step's data on this rank, and what all ranks know of it."""
 
     forwards: list[MicroBatch]
+    first_position: int
+    """Of this rank's first sample in the data order; the others follow it."""
     target_tokens: int
     """Of the whole global batch."""
     stop: bool
@@ -120,6 +125,8 @@ class Trainer:
     saver: Saver
     stop_requested: Callable[[], bool]
     uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
+    embedding_noise: Callable[[int], AbstractContextManager[Any]] = nullcontext
+    """Around a training forward, given the position of its first sample."""
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
     load: Callable[[], tuple[Manifest, str] | None] = lambda: None
@@ -200,7 +207,8 @@ class Trainer:
         mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested(), self.saver.state()]
         everyone = distributed.gather_floats(mine, self.ranks)
         self.saver.hear(everyone[:, 2])
-        return StepBatch(forwards, int(everyone[:, 0].sum()), bool(everyone[:, 1].any()), started, waited)
+        position, target_tokens = self.batches.first_position(step), int(everyone[:, 0].sum())
+        return StepBatch(forwards, position, target_tokens, bool(everyone[:, 1].any()), started, waited)
 
     def _stop(self, step: int) -> None:
         """Leave after `step`, which is saved unless it already is."""
@@ -227,13 +235,13 @@ class Trainer:
     def train_step(self, step: int, batch: "StepBatch") -> Record:
         """One optimizer step; returns the step's record (complete on rank 0 only)."""
         started, busy = batch.started, busy_seconds()
-        forwards, target_tokens = batch.forwards, batch.target_tokens
+        target_tokens = batch.target_tokens
         if target_tokens == 0:
             raise ValueError(f"the global batch of step {step} has no target token: nothing can be learned from it")
         learning_rate = self.schedule.learning_rate(max(1, step - self.engine.skipped_steps))
         distributed.set_learning_rate(self.engine, learning_rate)
         random = random_state(self.ranks.device)
-        loss_sum = self._accumulate(forwards, target_tokens)
+        loss_sum = self._accumulate(batch)
         # on a CPU a rank sleeps while it waits for another one; a GPU's host tells nothing
         busy = busy_seconds() - busy if self.ranks.device.type == "cpu" else 0.0
         square = distributed.gradient_square(self.engine)
@@ -252,18 +260,22 @@ class Trainer:
             self._explain_skip(step, batch, loss, random)
         return self._record(step, loss, target_tokens, learning_rate, time.perf_counter() - started, everyone)
 
-    def _accumulate(self, forwards: list[MicroBatch], target_tokens: int) -> torch.Tensor:
-        """The forwards and backwards of one step, whose gradient then waits for the update; this rank's loss sum."""
+    def _accumulate(self, batch: StepBatch) -> torch.Tensor:
+        """The forwards and backwards of one step, whose gradient then waits for the update; this rank's loss sum, which
+        label smoothing does not change."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         self.engine.train()
-        for number, forward in enumerate(forwards):
+        label_smoothing, position = self.recipe.train.label_smoothing, batch.first_position
+        for number, forward in enumerate(batch.forwards):
             if number:
                 self.engine.step()  # no update yet: by these calls DeepSpeed counts its micro-batches
-            logits = self.forward(forward.input_ids, forward.position_ids)
+            with self.embedding_noise(position + number * self.batch.rows_per_forward):
+                logits = self.forward(forward.input_ids, forward.position_ids)
             self.saver.give_probe(logits, forward)
-            part = cross_entropy_sum(logits, forward.targets, forward.mask)
-            self.engine.backward(loss_for_backward(part, target_tokens, self.ranks.world_size), scale_wrt_gas=False)
-            loss_sum += part.detach()
+            minimised, part = smoothed_cross_entropy_sums(logits, forward.targets, forward.mask, label_smoothing)
+            loss = loss_for_backward(minimised, batch.target_tokens, self.ranks.world_size)
+            self.engine.backward(loss, scale_wrt_gas=False)
+            loss_sum += part
         self.saver.wait_copied()
         return loss_sum
 
@@ -293,7 +305,7 @@ class Trainer:
         now, skipped_steps = random_state(self.ranks.device), self.engine.skipped_steps
         set_random_state(random, self.ranks.device)
         with self.uncompiled(), first_non_finite(self.engine.module, self.ranks.rank) as found:
-            self._accumulate(batch.forwards, batch.target_tokens)
+            self._accumulate(batch)
         distributed.discard_gradients(self.engine)
         self.engine.skipped_steps = skipped_steps
         set_random_state(now, self.ranks.device)
