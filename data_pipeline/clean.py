@@ -23,7 +23,7 @@ SHORT_LINE_CHARACTERS = 30
 
 _LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+")
-_CONTROL_BYTES = bytes([*range(9), *range(0x0B, 0x20), 0x7F])
+_IS_CONTROL = bytes((code < 0x20 and code not in b"\t\n") or code == 0x7F for code in range(256))
 _NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha() and chr(code) != " ")
 _NOT_ASCII = re.compile(rb"[\x80-\xff](?<![^ ].)[\x80-\xff]*(?![^ ])")  # whole words of it
 _PARAGRAPH = re.compile(r"\n\s*\n")
@@ -82,7 +82,7 @@ class Cleaner:
 
     def __init__(self, rules: Rules) -> None:
         self._repairs = _repairs(rules)
-        self._bounds = _bounds(rules)
+        self._bounds = [(section, bounds, dict(bounds)) for section, bounds in _bounds(rules)]
 
     def repair(self, document: Document, tally: dict[str, Any] | None = None, file: str = "") -> Document:
         """The document with its texts repaired, also those in tools and their calls; what changed is counted in
@@ -111,7 +111,7 @@ class Cleaner:
         """
         text = _Text("\n".join(texts_of(document)))
         spaced: bool | None = None
-        for section, bounds in self._bounds:
+        for section, bounds, limits in self._bounds:
             if section != "length":
                 if document.messages is not None:
                     continue
@@ -120,12 +120,12 @@ class Cleaner:
                     tally["documents_without_spaces"] += not spaced
                 if not spaced:
                     continue
-            values = dict(bounds)  # of pydantic an attribute that is not there takes long
             for name, value in _MEASURES[section](text, bounds):
-                for field, broken in ((f"min_{name}", value.__lt__), (f"max_{name}", value.__gt__)):
-                    bound = values.get(field)
-                    if bound is not None and broken(bound):
-                        return f"{section}.{field}", f"{value:.4g}, bound {bound:g}"
+                least, most = limits.get(f"min_{name}"), limits.get(f"max_{name}")
+                if least is not None and value < least:
+                    return f"{section}.min_{name}", f"{value:.4g}, bound {least:g}"
+                if most is not None and value > most:
+                    return f"{section}.max_{name}", f"{value:.4g}, bound {most:g}"
         return None
 
     def _count_change(self, entry: dict[str, Any], name: str, before: list[str], after: list[str], file: str) -> None:
@@ -196,7 +196,7 @@ def _repair_encoding(text: str) -> str:
 
 
 def _remove_control_characters(text: str) -> str:
-    if text.isascii() and len(text.encode().translate(None, _CONTROL_BYTES)) == len(text):
+    if text.isascii() and 1 not in text.encode().translate(_IS_CONTROL):
         return text
     return _CONTROL.sub("", _LINE_END.sub("\n", text))
 
@@ -248,7 +248,8 @@ def _length(text: _Text, bounds: Any) -> Iterator[Measure]:
 def _lettered_words(text: _Text) -> int:
     """Words with a letter: all is deleted but letters and what is not ASCII, and of that the words are counted."""
     left = text.line_of_words.encode().translate(None, _NO_LETTERS)
-    unlettered = [word for word in _NOT_ASCII.findall(left) if not _LETTER.search(word.decode())]
+    others = [] if left.isascii() else _NOT_ASCII.findall(left)
+    unlettered = [word for word in others if not _LETTER.search(word.decode())]
     return len(left.split()) - len(unlettered)
 
 

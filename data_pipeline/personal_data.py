@@ -41,6 +41,7 @@ _IPV4 = re.compile(r"[0-9](?<![\w.-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w-]|\.[0
 _IPV6 = re.compile(
     r"[23](?<![\w:.].)[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?:[0-9A-Fa-f]|::)(?!\w|:[0-9A-Fa-f:])"
 )  # global unicast is 2000::/3
+_IPV6_INSIDE = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 _WORD_END = re.compile(r"(?<=[A-Z0-9])(?![A-Z0-9])")
 # the issuers' first digits (ISO/IEC 7812): Visa, Mastercard, American Express, Discover, Diners Club, JCB
@@ -92,13 +93,14 @@ def _card_number(match: re.Match[str]) -> str:
 
 @functools.lru_cache(1)
 def _numeric_lines(text: str) -> str:
+    """The lines with digits enough for a number of any kind."""
     data = text.encode()
     characters = np.frombuffer(data, np.uint8)
-    ends = np.flatnonzero(characters == ord("\n"))
+    edges = [-1, *np.flatnonzero(characters == ord("\n")).tolist(), len(data)]
     digits = np.flatnonzero(characters - ord("0") < 10)
-    numeric = np.flatnonzero(np.bincount(np.searchsorted(ends, digits)) >= FEWEST_DIGITS)
-    begins, ends = np.append(0, ends + 1)[numeric], np.append(ends, len(data))[numeric]
-    return b"\n".join([data[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]).decode()
+    counts = np.bincount(np.searchsorted(edges, digits))
+    numeric = np.flatnonzero(counts >= FEWEST_DIGITS).tolist()
+    return b"\n".join([data[edges[place - 1] + 1 : edges[place]] for place in numeric]).decode()
 
 
 def _of_numeric_lines(replace: Callable[[str], str]) -> Callable[[str], str]:
@@ -127,7 +129,8 @@ def _replace_ipv4(text: str) -> str:
 
 
 def replace_ip_address(text: str) -> str:
-    return _IPV6.sub(_public_address, _replace_ipv4(text))
+    text = _replace_ipv4(text)
+    return _IPV6.sub(_public_address, text) if _IPV6_INSIDE.search(text) else text
 
 
 @_of_numeric_lines
