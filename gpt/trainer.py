@@ -30,6 +30,7 @@ from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory
 from gpt.saver import Saver
+from gpt.validation_gap import ValidationGap
 
 
 class SampleStream(Protocol):
@@ -142,6 +143,7 @@ class Trainer:
         self._loaded_step = self.first_step - 1
         self._watch = self._new_watch()
         self._patience = self._new_patience()
+        self._gap = ValidationGap()
         self._fault: Fault | None = None
         self._postponed = False
         self.stopped_at: int | None = None
@@ -190,6 +192,7 @@ class Trainer:
                 if reason := self._patience.see(step, value):
                     self._end_early(step, reason)
         if self.metrics is not None:
+            self._watch_gap(step, record)
             self.metrics.write(step, record)
         save = self._postponed or self._is_due(step, self.recipe.checkpoint.every_steps)
         # what a run goes back to has to be good: nothing is saved amid skipped steps or spikes, but at the end
@@ -226,6 +229,13 @@ class Trainer:
         if self.owner is not None:
             self.owner.note_event("early stopping", step=step, reason=reason)
             print(f"early stopping after step {step}: {reason}", flush=True)
+
+    def _watch_gap(self, step: int, record: Record) -> None:
+        """Rank 0: put the gap of an evaluated step into its record, and say when it opens."""
+        if warning := self._gap.see(step, record):
+            assert self.owner is not None
+            self.owner.note_event("over-fitting", step=step, reason=warning)
+            print(f"warning: step {step}: {warning}", flush=True)
 
     @property
     def last_step(self) -> int:
@@ -331,7 +341,10 @@ class Trainer:
         Returns the reason where the run should not go on from there.
         """
         self._watch, self._fault, self._postponed = self._new_watch(), None, False
-        past = recent_losses(self.run / "metrics.jsonl", self._watch.memory_steps) if self.ranks.is_first else None
+        past = None
+        if self.ranks.is_first:
+            past = recent_losses(self.run / "metrics.jsonl", self._watch.memory_steps)
+            self._gap = ValidationGap.restore(self.run / "metrics.jsonl")
         self._watch.restore(*distributed.broadcast(past))
         self._patience = self._new_patience()
         if self._patience is None:
