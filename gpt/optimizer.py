@@ -33,7 +33,7 @@ class Schedule:
         """Learning rate of optimizer step `step` (the first is 1).
 
         Linear warm-up reaches the peak at step `warmup_steps`; then cosine (arXiv:1608.03983 equation 5 without
-        restarts) or constant and linear (arXiv:2404.06395), both reaching the minimum at the last step.
+        restarts), linear, or constant and linear (arXiv:2404.06395), reaching the minimum at the last step.
         """
         settings = self.settings
         peak, floor = settings.learning_rate, settings.learning_rate * settings.minimum_learning_rate_ratio
@@ -44,8 +44,7 @@ class Schedule:
         if settings.schedule == "cosine":
             progress = (step - settings.warmup_steps) / (self.total_steps - settings.warmup_steps)
             return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        assert settings.decay_steps is not None
-        left = (self.total_steps - step) / settings.decay_steps
+        left = (self.total_steps - step) / (settings.decay_steps or self.total_steps - settings.warmup_steps)
         return floor + (peak - floor) * max(0.0, min(left, 1.0))
 
     def describe(self) -> list[str]:
@@ -54,7 +53,7 @@ class Schedule:
         named = {1: "first step", settings.warmup_steps: "end of warm-up"}
         if settings.decay_steps:
             named[self.total_steps - settings.decay_steps] = "decay begins"
-        elif settings.schedule == "cosine":
+        elif settings.schedule != "constant":
             named[(settings.warmup_steps + self.total_steps) // 2] = "half of the decay"
         named[self.total_steps] = "last step"
         rows = [(step, name) for step, name in sorted(named.items()) if 1 <= step <= self.total_steps]
