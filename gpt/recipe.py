@@ -351,6 +351,10 @@ class Recipe(Section):
     compile: Literal["auto", True, False] = "auto"
     """Compile the decoder layers with torch.compile. auto: on for CUDA devices, off on a CPU, where the first
     compilation takes longer than short runs gain."""
+    fused_loss: Literal["auto", False] = "auto"
+    """Compute the output layer and the loss together, 512 tokens at a time, so that a forward's logits never take
+    memory as a whole. auto: on where the logits are the output layer's product alone, as of most models; a line at the
+    start says where they are not."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written and which are kept."""
     divergence: Divergence = Divergence()

@@ -27,7 +27,7 @@ from gpt.recipe import Recipe
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe, read_mapping
 
 FREE_FIELDS = (
-    "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile",
+    "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile", "fused_loss",
     "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging", "faults",
 )  # fmt: skip
 ANNOUNCED_FIELDS = (

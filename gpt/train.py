@@ -289,6 +289,7 @@ def _run_claimed(
     plan: RunPlan, ranks: Any, owner: Any, heartbeat: Heartbeat, stop_requested: Callable[[], bool]
 ) -> int | None:
     from gpt import distributed
+    from gpt.loss import output_layer
     from gpt.metrics import flops_per_token, measure_matmul_flops
     from gpt.model import count_parameters, describe_model
     from gpt.optimizer import build_optimizer
@@ -312,11 +313,14 @@ def _run_claimed(
     manifest = resume(plan, engine, state, ranks, owner)
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
+    output = output_layer(model, engine, ranks.device) if recipe.fused_loss == "auto" else None
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
-    metrics = None
+    metrics, plain = None, uncompiled is nullcontext and output is None
     if owner is not None:
         metrics = _open_metrics(plan, owner, resumed)
         print(f"model: {describe_model(model, recipe.precision)}, from step {resumed}")
+        if recipe.fused_loss == "auto" and output is None:
+            print("fused_loss: off, since this model's logits are not its output layer's product alone")
     trainer = Trainer(
         recipe=recipe,
         run=recipe.run_directory(),
@@ -328,10 +332,11 @@ def _run_claimed(
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
-        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, uncompiled),
+        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, plain=plain),
         load=lambda: load_newest(plan, engine, state, ranks),
         stop_requested=stop_requested,
         uncompiled=uncompiled,
+        output_layer=output,
         flops_per_token=flops_per_token(
             matrix_parameters, layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
         ),
@@ -347,20 +352,13 @@ def _run_claimed(
 
 
 def _build_saver(
-    plan: RunPlan,
-    state: Any,
-    ranks: Any,
-    owner: Any,
-    generation: int,
-    model: "PreTrainedModel",
-    metrics: Any,
-    uncompiled: Any,
+    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, *, plain: bool
 ) -> Any:
     from gpt.model import draws_random_numbers
     from gpt.saver import Saver
 
     sync = metrics.sync if metrics is not None else lambda: None
-    same_as_evaluation = uncompiled is nullcontext and not draws_random_numbers(model)
+    same_as_evaluation = plain and not draws_random_numbers(model)
     return Saver(plan, state, ranks, owner, generation, tied_names(model), sync, same_as_evaluation)
 
 

@@ -24,7 +24,7 @@ from gpt.distributed import Ranks
 from gpt.divergence import Fault, LossWatch, Origin, RandomState, first_non_finite, random_state, set_random_state
 from gpt.early_stopping import Patience, cost, evaluations
 from gpt.heartbeat import STRAGGLER_STEPS, Heartbeat, Stragglers, busy_seconds, read_beat
-from gpt.loss import cross_entropy_sum, loss_for_backward
+from gpt.loss import OutputLayer, cross_entropy_sum, loss_for_backward
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib, recent_losses
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
@@ -120,6 +120,8 @@ class Trainer:
     saver: Saver
     stop_requested: Callable[[], bool]
     uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
+    output_layer: OutputLayer | None = None
+    """Where it gives the loss; logits are then never whole, and the saver's probe needs a forward of its own."""
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
     load: Callable[[], tuple[Manifest, str] | None] = lambda: None
@@ -252,20 +254,26 @@ class Trainer:
             self._explain_skip(step, batch, loss, random)
         return self._record(step, loss, target_tokens, learning_rate, time.perf_counter() - started, everyone)
 
-    def _accumulate(self, forwards: list[MicroBatch], target_tokens: int) -> torch.Tensor:
+    def _accumulate(self, forwards: list[MicroBatch], target_tokens: int, *, fused: bool = True) -> torch.Tensor:
         """The forwards and backwards of one step, whose gradient then waits for the update; this rank's loss sum."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         self.engine.train()
         for number, forward in enumerate(forwards):
             if number:
                 self.engine.step()  # no update yet: by these calls DeepSpeed counts its micro-batches
-            logits = self.forward(forward.input_ids, forward.position_ids)
-            self.saver.give_probe(logits, forward)
-            part = cross_entropy_sum(logits, forward.targets, forward.mask)
+            part = self._loss_sum(forward, self.output_layer if fused else None)
             self.engine.backward(loss_for_backward(part, target_tokens, self.ranks.world_size), scale_wrt_gas=False)
             loss_sum += part.detach()
         self.saver.wait_copied()
         return loss_sum
+
+    def _loss_sum(self, batch: MicroBatch, output: OutputLayer | None) -> torch.Tensor:
+        if output is None:
+            logits = self.forward(batch.input_ids, batch.position_ids)
+            self.saver.give_probe(logits, batch)
+            return cross_entropy_sum(logits, batch.targets, batch.mask)
+        with output.gives_loss(batch.targets, batch.mask):
+            return self.forward(batch.input_ids, batch.position_ids)
 
     def _explain_skip(self, step: int, batch: "StepBatch", loss: float, random: RandomState) -> None:
         """Say why a step was skipped: in an event and a line.
@@ -288,12 +296,12 @@ class Trainer:
             print(f"step {step} is skipped: {reason}", flush=True)
 
     def _find_origin(self, batch: "StepBatch", random: RandomState) -> Origin | None:
-        """Run a step's micro-batches once more, from the same random state, uncompiled and without effect: where, on
-        any rank, a value was first not finite."""
+        """Run a step's micro-batches once more, from the same random state, uncompiled, with whole logits and
+        without effect: where, on any rank, a value was first not finite."""
         now, skipped_steps = random_state(self.ranks.device), self.engine.skipped_steps
         set_random_state(random, self.ranks.device)
         with self.uncompiled(), first_non_finite(self.engine.module, self.ranks.rank) as found:
-            self._accumulate(batch.forwards, batch.target_tokens)
+            self._accumulate(batch.forwards, batch.target_tokens, fused=False)
         distributed.discard_gradients(self.engine)
         self.engine.skipped_steps = skipped_steps
         set_random_state(now, self.ranks.device)

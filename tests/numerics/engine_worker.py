@@ -1,7 +1,7 @@
 """One rank of the real engine and Trainer on made-up ragged data; rank 0 saves what a test compares.
 
 Run by torchrun: `engine_worker.py OUT.pt MICRO_BATCH_SEQUENCES ZERO_STAGE`. Rows are those of `ragged_rows`, 8
-sequences a step.
+sequences a step. On 1 rank the loss is that of whole logits, on more the output layer gives it.
 """
 
 import os
@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from gpt import distributed
 from gpt.batch import plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
+from gpt.loss import output_layer
 from gpt.model import build_model, decoder_layers
 from gpt.optimizer import Schedule, build_optimizer
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe
@@ -105,7 +106,9 @@ def main(out: Path, micro_batch_sequences: int, zero_stage: int) -> None:
         evaluate=None,
         saver=Saver(plan, distributed.ShardedState(engine, ranks), ranks, None, 0, {}, lambda: None, True),
         stop_requested=lambda: False,
+        output_layer=output_layer(model, engine, ranks.device) if ranks.world_size > 1 else None,
     )
+    assert (trainer.output_layer is not None) == (ranks.world_size > 1)
     for step in range(1, STEPS + 1):
         record = trainer.train_step(step, trainer.take(step))
         result["loss"].append(record.get("train/loss"))
