@@ -308,6 +308,20 @@ class Logging(Section):
     """Print a line each so many steps."""
 
 
+class Profile(Section):
+    """Where the time of some steps goes."""
+
+    steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    """First and last step whose operations, of rank 0, are traced by torch's profiler, into a file in `tensorboard/`
+    that Perfetto and TensorBoard's profiler plugin open. Traced steps are slower; the first ones are never typical."""
+
+    @model_validator(mode="after")
+    def _steps_ascend(self) -> "Profile":
+        if self.steps[0] > self.steps[1]:
+            raise ValueError(f"profile.steps is {self.steps}: the first step comes before the last, as in [20, 22]")
+        return self
+
+
 class Faults(Section):
     """What happens when ranks hang, die or are cut off."""
 
@@ -363,6 +377,8 @@ class Recipe(Section):
     """Validation while training."""
     logging: Logging = Logging()
     """What is printed."""
+    profile: Profile | None = None
+    """Trace some steps. null: none."""
     faults: Faults = Faults()
     """What happens when ranks hang, die or are cut off."""
 

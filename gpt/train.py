@@ -95,6 +95,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     check_weights(recipe.model, config, recipe.precision)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
+    if recipe.profile is not None and recipe.profile.steps[1] > schedule.total_steps:
+        raise ValueError(f"profile.steps is {recipe.profile.steps}, but the run has {schedule.total_steps} steps")
     deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)
     plan = RunPlan(recipe, tokenizer, config, training, validation, batch, schedule, deepspeed, changes)
     plan.repeated_data()
@@ -291,9 +293,10 @@ def _run_claimed(
     from gpt import distributed
     from gpt.loss import output_layer
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import count_parameters, describe_model
+    from gpt.model import count_parameters
     from gpt.optimizer import build_optimizer
     from gpt.resume import load_newest, resume, samples_left_out
+    from gpt.step_trace import step_trace
     from gpt.trainer import BatchSource, Trainer
 
     recipe = plan.recipe
@@ -304,7 +307,6 @@ def _run_claimed(
     heartbeat.progress("building the model")
     keep_alive = distributed.zero_config(plan.deepspeed)
     model, layers, uncompiled = _build_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
-    _, matrix_parameters = count_parameters(model)
     heartbeat.progress("starting the engine")
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
@@ -315,12 +317,7 @@ def _run_claimed(
     left_out, rollbacks = samples_left_out(manifest, owner)
     output = output_layer(model, engine, ranks.device) if recipe.fused_loss == "auto" else None
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
-    metrics, plain = None, uncompiled is nullcontext and output is None
-    if owner is not None:
-        metrics = _open_metrics(plan, owner, resumed)
-        print(f"model: {describe_model(model, recipe.precision)}, from step {resumed}")
-        if recipe.fused_loss == "auto" and output is None:
-            print("fused_loss: off, since this model's logits are not its output layer's product alone")
+    metrics = _open_metrics(plan, owner, resumed, model, fused=output is not None)
     trainer = Trainer(
         recipe=recipe,
         run=recipe.run_directory(),
@@ -332,19 +329,20 @@ def _run_claimed(
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
-        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, plain=plain),
+        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, uncompiled, output),
         load=lambda: load_newest(plan, engine, state, ranks),
         stop_requested=stop_requested,
         uncompiled=uncompiled,
         output_layer=output,
         flops_per_token=flops_per_token(
-            matrix_parameters, layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
+            count_parameters(model)[1], layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
         ),
         peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
         first_step=resumed + 1,
         restarts=len(owner.events("continue")) if owner is not None else 0,
         rollbacks=rollbacks,
         heartbeat=heartbeat,
+        trace=step_trace(recipe) if ranks.is_first else None,
     )
     _check_isolation(plan, trainer)
     _fit(trainer)
@@ -352,13 +350,13 @@ def _run_claimed(
 
 
 def _build_saver(
-    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, *, plain: bool
+    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, plain: Any, fused: Any
 ) -> Any:
     from gpt.model import draws_random_numbers
     from gpt.saver import Saver
 
     sync = metrics.sync if metrics is not None else lambda: None
-    same_as_evaluation = plain and not draws_random_numbers(model)
+    same_as_evaluation = plain is nullcontext and fused is None and not draws_random_numbers(model)
     return Saver(plan, state, ranks, owner, generation, tied_names(model), sync, same_as_evaluation)
 
 
@@ -411,10 +409,16 @@ def _check_isolation(plan: RunPlan, trainer: Any) -> None:
         print(line, flush=True)
 
 
-def _open_metrics(plan: RunPlan, owner: Any, resumed: int) -> Any:
-    """Rank 0's metrics; a run that begins writes its recipe and environment into TensorBoard first."""
+def _open_metrics(plan: RunPlan, owner: Any, resumed: int, model: Any, *, fused: bool) -> Any:
+    """Rank 0's metrics; its console says what is trained, TensorBoard gets recipe and environment as the run begins."""
     from gpt.metrics import MetricsWriter
+    from gpt.model import describe_model
 
+    if owner is None:
+        return None
+    print(f"model: {describe_model(model, plan.recipe.precision)}, from step {resumed}")
+    if plan.recipe.fused_loss == "auto" and not fused:
+        print("fused_loss: off, since this model's logits are not its output layer's product alone")
     metrics = MetricsWriter(owner, resumed, plan.schedule.total_steps, plan.recipe.logging.console_every_steps)
     if resumed == 0:
         metrics.write_text("recipe", yaml.safe_dump(plan.recipe.model_dump(), sort_keys=False), 0)

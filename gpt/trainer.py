@@ -30,6 +30,7 @@ from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory
 from gpt.saver import Saver
+from gpt.step_trace import StepTrace
 
 
 class SampleStream(Protocol):
@@ -130,6 +131,7 @@ class Trainer:
     restarts: int = 0
     rollbacks: int = 0
     heartbeat: Heartbeat | None = None
+    trace: StepTrace | None = None
 
     def __post_init__(self) -> None:
         self._stragglers = Stragglers()
@@ -159,14 +161,20 @@ class Trainer:
             while step < self._stop_at:
                 step += 1
                 self._phase("waiting for data", step)
+                if self.trace is not None:
+                    self.trace.before(step)
                 batch = self.take(step)
                 if batch.stop:
                     self._stop(step - 1)
                     break
                 step = self._do_step(step, batch)
+                if self.trace is not None:
+                    self.trace.after(step)
         except (ValueError, OSError):
             self.saver.leave()
             raise
+        if self.trace is not None:
+            self.trace.end()
         self.batches.close()
 
     def _do_step(self, step: int, batch: "StepBatch") -> int:

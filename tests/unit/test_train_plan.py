@@ -152,6 +152,12 @@ def test_repeated_data_is_printed_and_refused_beyond_its_max_epochs(
         plan_run(recipe_for(prepared_data.text, tmp_path, changes, without=("train.steps",)), 1)
 
 
+def test_steps_to_be_traced_are_steps_of_the_run(prepared_data: PreparedData, tmp_path: Path) -> None:
+    plan_run(recipe_for(prepared_data.text, tmp_path, {"profile": {"steps": [2, 10]}}), 1)
+    with pytest.raises(ValueError, match=r"profile.steps is \[2, 11\], but the run has 10 steps"):
+        plan_run(recipe_for(prepared_data.text, tmp_path, {"profile": {"steps": [2, 11]}}), 1)
+
+
 def test_stages_and_packing_reach_the_stream(prepared_data: PreparedData, tmp_path: Path) -> None:
     paths = [str(getattr(prepared_data, kind) / "train") for kind in ("text", "chat")]
     stages = [{"until_tokens": 1024, "weights": [1, 0]}, {"weights": [0, 1]}]
