@@ -55,7 +55,7 @@ def main() -> None:
         facts["runs"] += runs
         facts["targets"] += judge(targets_of(model, runs))
     shutil.rmtree(WORK)
-    head = ("model, written as, by", "seconds", "with the gate", "MB above import", "largest tensor, MB")
+    head = ("model, written as, by", "seconds", "on disk", "with the gate", "MB above import", "largest tensor, MB")
     write_and_show(facts, options.out, head, table(facts["runs"]))
 
 
@@ -131,7 +131,10 @@ def summary(runs: list[dict[str, Any]], contender: str, dtype: str) -> dict[str,
     """Medians of the seconds, with and without the gate; the largest peak."""
     mine = [run for run in runs if run["contender"] == contender and run["dtype"] == dtype]
     return {
-        "seconds": statistics.median(run["seconds"] - run.get("gate_seconds", 0.0) for run in mine),
+        **{
+            key: statistics.median(run[key] - run.get("gate_seconds", 0.0) for run in mine)
+            for key in ("seconds", "durable_seconds")
+        },
         "gated_seconds": statistics.median(run["seconds"] for run in mine),
         "peak_bytes": max(run["peak_bytes"] for run in mine),
     }
@@ -147,9 +150,11 @@ def targets_of(model: str, runs: list[dict[str, Any]]) -> list[Target]:
     theirs = summary(runs, "deepspeed", "fp32")
     for contender in CONTENDERS[:2]:
         mine = summary(runs, contender, "fp32")
-        tensors, share = mine["peak_bytes"] / largest_bytes(model), mine["seconds"] / theirs["seconds"]
+        tensors = mine["peak_bytes"] / largest_bytes(model)
         targets.append((f"{model}, {contender}: memory above import in largest tensors, at most", 2, round(tensors, 3)))
-        targets.append((f"{model}, {contender}: time as a share of DeepSpeed's, at most", 0.5, round(share, 3)))
+        for key, what in (("seconds", "time"), ("durable_seconds", "time until the disk has it")):
+            share = round(mine[key] / theirs[key], 3)
+            targets.append((f"{model}, {contender}: {what} as a share of DeepSpeed's, at most", 0.5, share))
     return targets
 
 
@@ -162,7 +167,8 @@ def table(runs: list[dict[str, Any]]) -> list[list[str]]:
                 found = summary(of_model, contender, dtype)
                 gated = f"{found['gated_seconds']:.2f}" if contender == "ours" else "-"
                 size = largest_bytes(model) // (1 if dtype == "fp32" else 2)
-                cells = [f"{found['seconds']:.2f}", gated, f"{found['peak_bytes'] / 1e6:.1f}", f"{size / 1e6:.1f}"]
+                times = [f"{found['seconds']:.2f}", f"{found['durable_seconds']:.2f}"]
+                cells = [*times, gated, f"{found['peak_bytes'] / 1e6:.1f}", f"{size / 1e6:.1f}"]
                 rows.append([f"{model}, {dtype}, {contender}", *cells])
     return rows
 

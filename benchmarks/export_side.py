@@ -1,10 +1,12 @@
 """One contender of `export.py`, in a process of its own: export_side.py CONTENDER DTYPE FOLDER OUT.
 
 Imports come first; then one JSON line says so and gives the process's anonymous memory, and after an empty line on
-stdin the work begins. A second line has its duration. `digest DTYPE FOLDER OUT` prints the hashes of what was written.
+stdin the work begins. A second line has its duration, and the one until the disk has all files.
+`digest DTYPE FOLDER OUT` prints the hashes of what was written.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -78,7 +80,13 @@ def main(contender: str, dtype: str, folder: Path, out: Path) -> None:
     sys.stdin.readline()
     started = time.perf_counter()
     work()
-    print("\n" + json.dumps({"seconds": time.perf_counter() - started, **seconds}), flush=True)
+    seconds["seconds"] = time.perf_counter() - started
+    for file in [out, *out.rglob("*")]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    seconds["durable_seconds"] = time.perf_counter() - started
+    print("\n" + json.dumps(seconds), flush=True)
 
 
 if __name__ == "__main__":

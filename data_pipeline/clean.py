@@ -39,6 +39,7 @@ def no_tally(rules: Rules) -> dict[str, Any]:
     """The counts of no document. Every declared rule is there, so that one that never applied is seen to be 0."""
     changed = [name for name, _ in _repairs(rules)]
     dropped = [f"{section}.{name}" for section, bounds in _bounds(rules) for name in _bound_names(bounds)]
+    dropped += ["decontamination"] if rules.decontamination else []
     dropped += ["duplicates.exact"] if rules.duplicates else []
     dropped += ["duplicates.near"] if rules.duplicates == "near" else []
     return {

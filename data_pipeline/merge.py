@@ -90,6 +90,17 @@ def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
             f"documents in scripts without spaces between words: {tally['documents_without_spaces']:,}; for them the "
             "bounds on words, lines and n-grams (gopher_quality, fineweb_quality, gopher_repetition) were off"
         )
+    if plan.evaluation_files:
+        from data_pipeline.decontamination import RUN_WORDS, evaluation_counts
+
+        counts = evaluation_counts(plan)
+        assert counts is not None
+        tally["evaluation"] = counts
+        remarks.append(
+            f"decontamination looked for {counts['runs']:,} runs of {RUN_WORDS} words, of {counts['texts']:,} texts of "
+            f"evaluation files; {counts['texts_of_one_run']:,} of these are no longer than that, and each of "
+            "them is looked for as a whole document"
+        )
     if plan.kind == "chat":
         remarks.append("of conversations the bounds on words, lines and n-grams were off")
     return tally | {"remarks": remarks}

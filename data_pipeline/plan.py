@@ -80,6 +80,7 @@ class Plan:
     kind: str  # "text" or "chat"
     splits: tuple[str, ...]
     rules: "Rules | None"
+    evaluation_files: tuple[SourceFile, ...]  # whose texts the rules keep out of training
     seed: int
     validation_threshold: int | None  # content hashes below it fall to validation; None: by file
     weights: tuple[int, ...]  # bytes of input of each unit, at least 1
@@ -124,6 +125,7 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         raise ValueError(f"{kinds['ids'].label} holds token ids: give the tokenizer that made them (--tokenizer)")
     if "ids" in kinds and options.rules is not None:
         raise ValueError(f"{kinds['ids'].label} holds token ids, to which rules (--rules) cannot be applied")
+    evaluation = _evaluation_files(options, files)
     unit_bytes = max(options.unit_bytes, -(-sum(file.bytes for file in files) // MAX_UNITS))
     units = tuple(plan_units(files, options.read, unit_bytes))
     weights, train = _unit_bytes(files, units, len(files)), _unit_bytes(files, units, train_files)
@@ -138,13 +140,26 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         kind="chat" if "chat" in kinds else "text",  # ids are of texts
         splits=SPLITS if validated else SPLITS[:1],
         rules=options.rules,
+        evaluation_files=tuple(evaluation),
         seed=options.seed,
         validation_threshold=None if options.validation_inputs else int(options.validation_fraction * 2**64),
         weights=tuple(weights),
         sample_bytes=tuple(options.tokenizer_sample_bytes * weight // max(1, sum(train)) for weight in train),
         engine=options.engine,
-        identity=_identity(options, files, train_files, units, progress),
+        identity=_identity(options, files, train_files, units, evaluation, progress),
     )
+
+
+def _evaluation_files(options: PrepareOptions, inputs: list[SourceFile]) -> list[SourceFile]:
+    if options.rules is None or options.rules.decontamination is None:
+        return []
+    files = find_files(options.rules.decontamination.files, ReadOptions())[0]
+    shared = {file.path.resolve() for file in files} & {file.path.resolve() for file in inputs}
+    if shared:
+        raise ValueError(
+            f"{min(shared)} is both an input and an evaluation file (decontamination.files): leave it out of one"
+        )
+    return files
 
 
 def _unit_bytes(files: list[SourceFile], units: tuple[Unit, ...], used: int) -> list[int]:
@@ -164,6 +179,7 @@ def _identity(
     files: list[SourceFile],
     train_files: int,
     units: tuple[Unit, ...],
+    evaluation: list[SourceFile],
     progress: Progress | None,
 ) -> str:
     """A hash of all that the result depends on: options, the tokenizer, the units, names and digests of the files.
@@ -185,6 +201,7 @@ def _identity(
 
         tables = {"ftfy": ftfy.__version__, "stdnum": stdnum.__version__, "unicode": unicodedata.unidata_version}
         choices["rules"] = [RULES_VERSION, options.rules.model_dump(), tables]
+        choices["evaluation"] = [file_digest(path) for file in evaluation for path in content_paths(file)]
     if options.tokenizer is not None:
         choices["tokenizer"] = {file.name: file_digest(file) for file in tokenizer_files(options.tokenizer)}
     digests = []

@@ -303,9 +303,18 @@ def _run(options: PrepareOptions, plan: Plan, numbers: list[int], bar: _Bar, ste
 
 def _judge(options: PrepareOptions, plan: Plan, bar: _Bar) -> None:
     """Apply the rules to all units, before the tokenizer is trained on what they keep."""
+    if plan.evaluation_files:
+        from data_pipeline.decontamination import (
+            require_other_data,
+            write_evaluation,
+        )  # which without rules nothing needs
+
+        write_evaluation(plan)
     missing = [unit.number for unit in plan.units if not unit_is_judged(plan, unit.number)]
     _run(options, plan, missing, bar, "judge")
     try:
+        if plan.evaluation_files:
+            require_other_data(plan)
         require_kept(plan)
         if plan.rules is not None and plan.rules.duplicates:
             mark_duplicates(plan)

@@ -13,6 +13,7 @@ COLOURS = {
     "gopher_quality": "#e07a5f",
     "fineweb_quality": "#f2a65a",
     "gopher_repetition": "#7f5539",
+    "decontamination": "#c9184a",
     "duplicates": "#9d4edd",
 }
 

@@ -102,6 +102,13 @@ class FinewebQuality(Bounds):
     """The largest share of characters in lines that stood before."""
 
 
+class Decontamination(RuleSection):
+    """Texts that training must not hold."""
+
+    files: list[str] = Field(min_length=1)
+    """Evaluation files, read as `--input` is; of tables all texts count, whatever the columns."""
+
+
 class Rules(RuleSection):
     """The rules, in the order in which they are applied."""
 
@@ -123,6 +130,9 @@ class Rules(RuleSection):
     """Lines as in FineWeb (arXiv:2406.17557, 3.5)."""
     gopher_repetition: GopherRepetition | None = None
     """Repeated lines, paragraphs and n-grams as in Gopher (arXiv:2112.11446, table A1)."""
+    decontamination: Decontamination | None = None
+    """No document of `--input` may share 13 words in a row with an evaluation file, whatever their case and ASCII
+    punctuation, or be equal to a shorter text of it. `--validation-input` is left as it is."""
     duplicates: Literal["exact", "near"] | None = None
     """exact: of documents that are equal after the rules above the first one stays; of one that stands in the
     validation inputs, none stays in training. near: likewise of documents that share most of their runs of five words

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -338,6 +339,34 @@ def read_documents(
     reading.finish()
     if first is None and part is None and ledger is not None:
         ledger.refuse_unusable({})
+
+
+def read_texts(file: SourceFile) -> Iterator[str]:
+    """All texts of a file, whatever its columns: of a table each one in a row, also inside of lists and objects.
+
+    Raises:
+        ValueError: the file holds token ids, or cannot be read to its end.
+    """
+    reading = Reading(file, ReadOptions())
+    if file.container == "text":
+        yield from (document.text for document in text_tables.text_documents(reading))
+    elif file.container == "megatron":
+        raise ValueError(f"{file.label} holds token ids: give the texts")
+    else:
+        reading.fields = tuple(_columns(file, reading.options))
+        for number, row, _ in ROWS[file.container](reading):
+            if isinstance(row, BadRow):
+                reading.bad(number, row)
+            yield from _texts_in(row)
+    reading.finish()
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(item)
 
 
 def _documents_of_rows(reading: Reading, rows: Iterator[Row], kind: str) -> Iterator[Document]:

@@ -92,10 +92,12 @@ def kept_documents(
 def judge_unit(plan: Plan, number: int, report: Report) -> None:
     """Write a unit's verdicts, the hashes of the documents that its own rules keep, and its record."""
     from data_pipeline.clean import Cleaner, drop, no_tally
+    from data_pipeline.decontamination import Contamination
     from data_pipeline.n_grams import band_hashes
 
     assert plan.rules is not None
     cleaner = Cleaner(plan.rules)
+    contamination = Contamination(plan) if plan.evaluation_files else None
     tally = no_tally(plan.rules)
     verdicts = bytearray()
     groups = [*plan.splits, *([NEAR_HASHES] if plan.rules.duplicates == "near" else [])]
@@ -107,13 +109,17 @@ def judge_unit(plan: Plan, number: int, report: Report) -> None:
         document = cleaner.repair(document, tally, label)
         content = document_content(document)
         reason = cleaner.broken_bound(document, tally) if content else None
+        text = "\n".join(texts_of(document))
+        for_validation = plan.validation_threshold is None and file >= plan.train_files
+        if contamination is not None and reason is None and not for_validation:
+            reason = contamination.find(text)
         if reason is not None:
             drop(tally, reason, document, label)
         elif content:
             content_hash = xxhash.xxh3_64_intdigest(content, seed=plan.seed)
             hashes = {plan.split_of(file, content_hash): [content_hash]}
             if NEAR_HASHES in kept:
-                hashes[NEAR_HASHES] = band_hashes("\n".join(texts_of(document)))
+                hashes[NEAR_HASHES] = band_hashes(text)
             for name, values in hashes.items():
                 kept[name][0].extend(values)
                 kept[name][1].extend([len(verdicts)] * len(values))

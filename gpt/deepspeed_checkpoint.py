@@ -119,6 +119,7 @@ class DeepSpeedWeights:
         module, tied = first["module"], first["shared_params"]
         self._buffers = {name: module[name] for name in first["buffer_names"]}
         self.buffers = list(self._buffers)
+        self.memory_bytes = 0  # its files are mapped
         parameters = {n: value for n, value in module.items() if n not in self._buffers and n not in tied}
         self.precision = self._precision_of(parameters.values())
         self.shapes = {name: tuple(shape) for group in first["param_shapes"] for name, shape in group.items()}

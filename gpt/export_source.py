@@ -1,5 +1,6 @@
 """What an export reads from: trained weights by name, and what else the folder tells of them."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gpt.checkpoint.files import sum_of_squares
-from gpt.checkpoint.format import Manifest, Precision, Probe
+from gpt.checkpoint.files import VIEW_BLOCKS, sum_of_squares
+from gpt.checkpoint.format import BLOCK_BYTES, Manifest, Precision, Probe
 from gpt.checkpoint.read import NORM_TOLERANCE, CheckpointReader, newest_manifest, open_checkpoint
 from gpt.run_directory import check_kept_tokenizer, json_lines
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = BLOCK_BYTES // 4
 
 
 class WeightSource(Protocol):
@@ -23,6 +24,7 @@ class WeightSource(Protocol):
 
     `directory` is named in messages, `precision` is the training dtype, and `config` the transformers configuration.
     `shapes` has every parameter once, by the name that `named_parameters` gives it; `buffers` the persistent buffers.
+    `memory_bytes` are held while reading, the chunks aside.
     """
 
     @property
@@ -35,10 +37,13 @@ class WeightSource(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
     @property
     def buffers(self) -> list[str]: ...
+    @property
+    def memory_bytes(self) -> int: ...
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """A parameter's consecutive flattened pieces, of `CHUNK_ELEMENTS` at most, on the CPU and in the widest dtype
-        that there is (the fp32 master). Raises ValueError for one that is not what was recorded."""
+        that there is (the fp32 master). One is good until the next is taken. Raises ValueError for a parameter that is
+        not what was recorded."""
 
     def buffer(self, name: str) -> torch.Tensor:
         """A persistent buffer in its own shape and dtype."""
@@ -73,50 +78,72 @@ class CheckpointWeights:
         self.config = reader.manifest.model_config_dict
         self.shapes = {entry.name: tuple(entry.shape) for entry in reader.manifest.parameters}
         self.buffers = reader.manifest.buffers
-        ranges = [_Range(e.name, s) for e in reader.manifest.parameters for s in range(0, e.elements, CHUNK_ELEMENTS)]
-        self._following = dict(pairwise([*ranges, None]))
-        self._ahead: tuple[_Range, Future[torch.Tensor]] | None = None
+        self.memory_bytes = reader.memory_bytes
         self._thread = ThreadPoolExecutor(1, "read ahead")  # alone, since a reader is for one thread
+        self._ahead: deque[Future[_Piece]] = deque()
+        self._expected: _Place | None = None  # where the first of `_ahead` begins
+        self._following = dict(pairwise([*self.shapes, None]))
+        self._next: _Place | None = None  # what the thread reads next, for itself alone
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """As `WeightSource`; the pieces together have the norm that the live engine recorded."""
         entry = self._reader.manifest.parameters[self._reader.index(name)]
-        square = 0.0
-        for start in range(0, entry.elements, CHUNK_ELEMENTS):
-            values = self._take(_Range(name, start))
-            square += sum_of_squares(values)
-            yield values
+        square, start = 0.0, 0
+        while start < entry.elements:
+            piece = self._take(_Place(name, start))
+            start, square = start + piece.values.numel(), square + piece.square
+            yield piece.values
         norm, recorded = square**0.5, self._reader.manifest.norms.get(name, {}).get(entry.weights)
         if recorded is None or not abs(norm - recorded) <= NORM_TOLERANCE * recorded:
             raise ValueError(
                 f"{name} in {self.directory} has the L2 norm {norm:.9g}, but the live engine recorded {recorded}."
             )
 
-    def _take(self, wanted: "_Range") -> torch.Tensor:
-        """Read a range; the one that follows it, also in the next parameter, is read while the caller uses this one."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead[0] != wanted:
-            ahead = wanted, self._thread.submit(self._read, wanted)
-        values = ahead[1].result()
-        if (following := self._following[wanted]) is not None:
-            self._ahead = following, self._thread.submit(self._read, following)
-        return values
+    def _take(self, wanted: "_Place") -> "_Piece":
+        """What one block holds. What follows, also in the next parameters, is read while the caller uses it."""
+        if wanted != self._expected:
+            self._ahead.clear()
+            self._thread.submit(self._seek, wanted)
+        while len(self._ahead) <= VIEW_BLOCKS:
+            self._ahead.append(self._thread.submit(self._read))
+        piece = self._ahead.popleft().result()
+        self._expected = piece.following
+        return piece
 
-    def _read(self, wanted: "_Range") -> torch.Tensor:
-        entry = self._reader.manifest.parameters[self._reader.index(wanted.name)]
-        count = min(CHUNK_ELEMENTS, entry.elements - wanted.start)
-        return self._reader.read_range(entry.weights, wanted.name, wanted.start, count)
+    def _seek(self, place: "_Place") -> None:
+        self._next = place
+
+    def _read(self) -> "_Piece":
+        if (place := self._next) is None:
+            return _Piece(torch.empty(0), 0.0, None)  # behind the last parameter: nobody asks for it
+        entry = self._reader.manifest.parameters[self._reader.index(place.name)]
+        values = self._reader.view(entry.weights, place.name, place.start)
+        end = place.start + values.numel()
+        if end < entry.elements:
+            self._next = _Place(place.name, end)
+        else:
+            name = self._following[place.name]
+            self._next = None if name is None else _Place(name, 0)
+        return _Piece(values, sum_of_squares(values), self._next)
 
     def buffer(self, name: str) -> torch.Tensor:
         """As `WeightSource`."""
         return self._thread.submit(self._reader.read_buffer, name).result()
 
 
-class _Range(NamedTuple):
-    """A chunk of a parameter."""
+class _Place(NamedTuple):
+    """An element of a flattened parameter."""
 
     name: str
     start: int
+
+
+class _Piece(NamedTuple):
+    """Elements of a flattened parameter, their sum of squares, and what is read after them."""
+
+    values: torch.Tensor
+    square: float
+    following: _Place | None
 
 
 def source_of_run(

@@ -6,19 +6,23 @@ from typing import Any
 
 import torch
 
+from gpt.recipe import Recipe
+
 CHUNK_ROWS = 512
 """Tokens whose fp32 logits exist at one time."""
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    """Sum of -log softmax(logits)[target] over counted targets, fp32, a chunk of tokens at a time.
+class _CrossEntropySums(torch.autograd.Function):
+    """(What is minimised, sum of -log softmax(logits)[target]) over counted targets, fp32, a chunk of tokens at a time.
 
     The logits stay in their own type; only one chunk is fp32 at a time, forward and backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, label_smoothing: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, smoothing = torch.zeros(2, dtype=torch.float32, device=logits.device)
         log_normalisers = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         for start in range(0, len(targets), CHUNK_ROWS):
             piece = slice(start, start + CHUNK_ROWS)
@@ -27,31 +31,48 @@ class _CrossEntropySum(torch.autograd.Function):
             picked = chunk.gather(1, targets[piece, None]).squeeze(1)
             # where, not multiply: a non-finite logit in a row without weight must not make the sum non-finite
             total += torch.where(mask[piece], log_normalisers[piece] - picked, 0.0).sum()
+            if label_smoothing:
+                smoothing += torch.where(mask[piece], picked - chunk.mean(-1), 0.0).sum()
         ctx.save_for_backward(logits, targets, mask, log_normalisers)
-        return total
+        ctx.label_smoothing = label_smoothing
+        ctx.mark_non_differentiable(total)
+        return total + label_smoothing * smoothing, total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, targets, mask, log_normalisers = ctx.saved_tensors
         result = torch.empty_like(logits)
         for start in range(0, len(targets), CHUNK_ROWS):
             piece = slice(start, start + CHUNK_ROWS)
             weight = torch.where(mask[piece], gradients[0].float(), 0.0)[:, None]
             chunk = logits[piece].float().sub_(log_normalisers[piece, None]).exp_()
-            chunk.scatter_add_(1, targets[piece, None], torch.full_like(weight, -1.0))
+            chunk.scatter_add_(1, targets[piece, None], torch.full_like(weight, ctx.label_smoothing - 1.0))
+            if ctx.label_smoothing:
+                chunk.sub_(ctx.label_smoothing / chunk.shape[-1])
             result[piece] = torch.where(weight == 0, 0.0, chunk.mul_(weight)).to(result.dtype)
-        return result, None, None
+        return result, None, None, None
 
 
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum of the losses of the counted targets, in nats, as an fp32 scalar.
+def smoothed_cross_entropy_sums(
+    logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, label_smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sums over the counted targets, in nats, as fp32 scalars: of the cross-entropy with a target distribution that
+    gives `label_smoothing` to all tokens alike and the rest to the target, and, without a gradient, of the plain loss.
 
     Args:
         logits: [rows, tokens, vocabulary] in any float type.
         targets: [rows, tokens] int64.
         mask: [rows, tokens] bool; True counts.
     """
-    return _CrossEntropySum.apply(logits.flatten(0, 1), targets.flatten(), mask.flatten())
+    sums: tuple[torch.Tensor, torch.Tensor] = _CrossEntropySums.apply(
+        logits.flatten(0, 1), targets.flatten(), mask.flatten(), label_smoothing
+    )
+    return sums
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The plain one of `smoothed_cross_entropy_sums`, with its gradient."""
+    return smoothed_cross_entropy_sums(logits, targets, mask, 0.0)[0]
 
 
 class _OutputLossSum(torch.autograd.Function):
@@ -116,13 +137,15 @@ class OutputLayer:
 
 
 @torch.no_grad()
-def output_layer(model: Any, forward: Any, device: torch.device) -> OutputLayer | None:
-    """A model's output layer as an `OutputLayer`; None where the loss needs the model's logits.
+def output_layer(recipe: Recipe, model: Any, forward: Any, device: torch.device) -> OutputLayer | None:
+    """A model's output layer as an `OutputLayer`; None where the recipe or the model needs whole logits.
 
     These must be what a matrix product alone gives, as one token shows: some models scale or bound them afterwards,
     others add a bias. Under ZeRO-3 every rank must call this, and `forward` is the engine's.
     """
     layer = model.get_output_embeddings()
+    if recipe.fused_loss is False or recipe.train.label_smoothing:
+        return None
     if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
         return None
     given: list[torch.Tensor] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpt.recipe import Optimizer
+from gpt.recipe import Optimizer, Recipe
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Schedule:
         """Learning rate of optimizer step `step` (the first is 1).
 
         Linear warm-up reaches the peak at step `warmup_steps`; then cosine (arXiv:1608.03983 equation 5 without
-        restarts) or constant and linear (arXiv:2404.06395), both reaching the minimum at the last step.
+        restarts), linear, or constant and linear (arXiv:2404.06395), reaching the minimum at the last step.
         """
         settings = self.settings
         peak, floor = settings.learning_rate, settings.learning_rate * settings.minimum_learning_rate_ratio
@@ -44,8 +44,7 @@ class Schedule:
         if settings.schedule == "cosine":
             progress = (step - settings.warmup_steps) / (self.total_steps - settings.warmup_steps)
             return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        assert settings.decay_steps is not None
-        left = (self.total_steps - step) / settings.decay_steps
+        left = (self.total_steps - step) / (settings.decay_steps or self.total_steps - settings.warmup_steps)
         return floor + (peak - floor) * max(0.0, min(left, 1.0))
 
     def describe(self) -> list[str]:
@@ -54,13 +53,23 @@ class Schedule:
         named = {1: "first step", settings.warmup_steps: "end of warm-up"}
         if settings.decay_steps:
             named[self.total_steps - settings.decay_steps] = "decay begins"
-        elif settings.schedule == "cosine":
+        elif settings.schedule != "constant":
             named[(settings.warmup_steps + self.total_steps) // 2] = "half of the decay"
         named[self.total_steps] = "last step"
         rows = [(step, name) for step, name in sorted(named.items()) if 1 <= step <= self.total_steps]
         return [f"learning rate ({settings.schedule}, by optimizer step):"] + [
             f"  step {step:>9,}  {self.learning_rate(step):.3e}  {name}" for step, name in rows
         ]
+
+
+def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
+    """Optimizer steps of the run: tokens and epochs are rounded up to whole steps."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    if recipe.train.tokens is not None:
+        return -(-recipe.train.tokens // recipe.train.global_batch_tokens)
+    assert recipe.train.epochs is not None
+    return math.ceil(recipe.train.epochs * samples_per_epoch / recipe.global_batch_sequences - 1e-9)
 
 
 def parameter_groups(

@@ -142,7 +142,7 @@ class Data(Section):
 
 
 class Train(Section):
-    """Batch and length of the run. Exactly one of tokens, epochs and steps."""
+    """Batch and length of the run (exactly one of tokens, epochs and steps), and what is done to the loss."""
 
     global_batch_tokens: PositiveInt
     """Tokens that one optimizer step sees, over all ranks: a whole number of sequences."""
@@ -156,7 +156,13 @@ class Train(Section):
     steps: PositiveInt | None = None
     """Length of the run in optimizer steps."""
     seed: Annotated[Int, Field(ge=0)] = 0
-    """Seed of initial weights, data order and dropout."""
+    """Seed of initial weights, data order, dropout and embedding noise."""
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that goes to all tokens of the vocabulary alike in what is minimised (arXiv:1512.00567,
+    section 7). The losses that are reported, of training and validation, are without it."""
+    neftune_noise_alpha: PositiveFloat | None = None
+    """Add uniform noise to the embeddings of training rows, at most alpha / sqrt(sequence_length * width) (NEFTune,
+    arXiv:2310.05914): a function of seed and sample, so neither ranks nor a resume change it. null: none."""
 
     @model_validator(mode="after")
     def _exactly_one_length(self) -> "Train":
@@ -177,15 +183,15 @@ class Optimizer(Section):
     neither rows nor norms, so these are not offered."""
     learning_rate: PositiveFloat
     """Peak learning rate."""
-    schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
-    """After the warm-up: cosine to the minimum (arXiv:1608.03983), constant and then linear to the minimum over the
-    last decay_steps (warm-up, stable, decay: arXiv:2404.06395), or constant."""
+    schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
+    """After the warm-up: cosine to the minimum (arXiv:1608.03983), linear to it, constant and then linear to it over
+    the last decay_steps (warm-up, stable, decay: arXiv:2404.06395), or constant."""
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
     """Steps of linear warm-up; shorter than the run."""
     decay_steps: PositiveInt | None = None
     """Steps of the final decay; for warmup_stable_decay only, where it is required."""
     minimum_learning_rate_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
-    """The last learning rate as a share of the peak (cosine and warmup_stable_decay)."""
+    """The last learning rate as a share of the peak (all but constant)."""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.1
     """Weight decay of parameters with two or more dimensions; biases and norms have none."""
     betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
@@ -367,8 +373,8 @@ class Recipe(Section):
     compilation takes longer than short runs gain."""
     fused_loss: Literal["auto", False] = "auto"
     """Compute the output layer and the loss together, 512 tokens at a time, so that a forward's logits never take
-    memory as a whole. auto: on where the logits are the output layer's product alone, as of most models; a line at the
-    start says where they are not."""
+    memory as a whole. auto: on where the logits are the output layer's product alone, as of most models, and without
+    train.label_smoothing; a line at the start says which."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written and which are kept."""
     divergence: Divergence = Divergence()

@@ -21,9 +21,11 @@ from data_pipeline.stream import TrainingStream, ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
+from gpt.embedding_noise import embedding_noise
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
+from gpt.loss import output_layer
 from gpt.model import DTYPES, build_config, check_weights, elements_of, tied_names
-from gpt.optimizer import Schedule
+from gpt.optimizer import Schedule, total_steps
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
 from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_recipes, stored_recipe
@@ -136,16 +138,6 @@ def check(recipe: Recipe, world_size: int) -> RunPlan:
         if stream is not None:
             stream.check_files()
     return plan
-
-
-def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
-    """Optimizer steps of the run: tokens and epochs are rounded up to whole steps."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    if recipe.train.tokens is not None:
-        return -(-recipe.train.tokens // recipe.train.global_batch_tokens)
-    assert recipe.train.epochs is not None
-    return int(np.ceil(recipe.train.epochs * samples_per_epoch / recipe.global_batch_sequences - 1e-9))
 
 
 def main() -> NoReturn:
@@ -291,13 +283,13 @@ def _run_claimed(
     plan: RunPlan, ranks: Any, owner: Any, heartbeat: Heartbeat, stop_requested: Callable[[], bool]
 ) -> int | None:
     from gpt import distributed
-    from gpt.loss import output_layer
+    from gpt.batch_source import BatchSource
     from gpt.metrics import flops_per_token, measure_matmul_flops
     from gpt.model import count_parameters
     from gpt.optimizer import build_optimizer
     from gpt.resume import load_newest, resume, samples_left_out
     from gpt.step_trace import step_trace
-    from gpt.trainer import BatchSource, Trainer
+    from gpt.trainer import Trainer
 
     recipe = plan.recipe
     if recipe.precision == "fp16" and not distributed.supports_fp16():
@@ -315,7 +307,7 @@ def _run_claimed(
     manifest = resume(plan, engine, state, ranks, owner)
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
-    output = output_layer(model, engine, ranks.device) if recipe.fused_loss == "auto" else None
+    output = output_layer(recipe, model, engine, ranks.device)
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
     metrics = _open_metrics(plan, owner, resumed, model, fused=output is not None)
     trainer = Trainer(
@@ -334,6 +326,7 @@ def _run_claimed(
         stop_requested=stop_requested,
         uncompiled=uncompiled,
         output_layer=output,
+        embedding_noise=embedding_noise(model, recipe.train),
         flops_per_token=flops_per_token(
             count_parameters(model)[1], layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
         ),
@@ -345,8 +338,7 @@ def _run_claimed(
         trace=step_trace(recipe) if ranks.is_first else None,
     )
     _check_isolation(plan, trainer)
-    _fit(trainer)
-    return trainer.stopped_at
+    return _fit(trainer)
 
 
 def _build_saver(
@@ -356,12 +348,13 @@ def _build_saver(
     from gpt.saver import Saver
 
     sync = metrics.sync if metrics is not None else lambda: None
-    same_as_evaluation = plain is nullcontext and fused is None and not draws_random_numbers(model)
+    random = draws_random_numbers(model) or plan.recipe.train.neftune_noise_alpha is not None
+    same_as_evaluation = plain is nullcontext and fused is None and not random
     return Saver(plan, state, ranks, owner, generation, tied_names(model), sync, same_as_evaluation)
 
 
-def _fit(trainer: Any) -> None:
-    """Train to the end, and write what is left to write of it."""
+def _fit(trainer: Any) -> int | None:
+    """Train to the end, and write what is left to write of it; the step after which a requested stop ended it."""
     if trainer.owner is not None and trainer.first_step > trainer.schedule.total_steps:
         print(f"nothing is left to do: the run ended at step {trainer.first_step - 1}")
     trainer.fit()
@@ -370,6 +363,8 @@ def _fit(trainer: Any) -> None:
         if trainer.stopped_at is None:
             why = {"reason": trainer.ended_early} if trainer.ended_early is not None else {}
             trainer.owner.write_event("end", step=trainer.last_step, **why)
+    stopped_at: int | None = trainer.stopped_at
+    return stopped_at
 
 
 def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrainedModel", int, Callable[[], Any]]:
@@ -416,9 +411,8 @@ def _open_metrics(plan: RunPlan, owner: Any, resumed: int, model: Any, *, fused:
 
     if owner is None:
         return None
-    print(f"model: {describe_model(model, plan.recipe.precision)}, from step {resumed}")
-    if plan.recipe.fused_loss == "auto" and not fused:
-        print("fused_loss: off, since this model's logits are not its output layer's product alone")
+    loss = "the output layer gives the loss" if fused else "the loss is made of whole logits"
+    print(f"model: {describe_model(model, plan.recipe.precision)}, {loss}, from step {resumed}")
     metrics = MetricsWriter(owner, resumed, plan.schedule.total_steps, plan.recipe.logging.console_every_steps)
     if resumed == 0:
         metrics.write_text("recipe", yaml.safe_dump(plan.recipe.model_dump(), sort_keys=False), 0)

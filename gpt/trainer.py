@@ -6,88 +6,31 @@ the run that was never stopped.
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from gpt import distributed
-from gpt.batch import BatchPlan, BatchPositions, MicroBatch, Rows, micro_batches
+from gpt.batch import BatchPlan, MicroBatch
+from gpt.batch_source import BatchSource
 from gpt.checkpoint.format import Manifest
 from gpt.distributed import Ranks
 from gpt.divergence import Fault, LossWatch, Origin, RandomState, first_non_finite, random_state, set_random_state
 from gpt.early_stopping import Patience, cost, evaluations
 from gpt.heartbeat import STRAGGLER_STEPS, Heartbeat, Stragglers, busy_seconds, read_beat
-from gpt.loss import OutputLayer, cross_entropy_sum, loss_for_backward
+from gpt.loss import OutputLayer, loss_for_backward, smoothed_cross_entropy_sums
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib, recent_losses
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory
 from gpt.saver import Saver
 from gpt.step_trace import StepTrace
-
-
-class SampleStream(Protocol):
-    """Training data: sample positions in, rows out; its order is a pure function of seed and position."""
-
-    def sample_ids(self, start: int, count: int) -> np.ndarray: ...
-    def rows(self, positions: range) -> Rows: ...
-
-
-class BatchSource:
-    """The global batches of a run as this rank sees them; `workers` threads make the next ones ready, one each."""
-
-    def __init__(
-        self,
-        stream: SampleStream,
-        batch: BatchPlan,
-        ranks: Ranks,
-        workers: int = 1,
-        skipped: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        self._stream, self._batch, self._ranks, self._workers = stream, batch, ranks, workers
-        self.positions = BatchPositions(batch.global_batch_sequences, tuple(skipped))
-        self._threads = ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="batches")
-        self._ready: dict[int, Future[list[MicroBatch]]] = {}
-
-    def take(self, step: int) -> list[MicroBatch]:
-        """This rank's forwards of optimizer step `step` (the first is 1). The next steps' are begun."""
-        future = self._ready.pop(step, None)
-        result = future.result() if future is not None else self._make(step)
-        ahead = range(step + 1, step + 1 + self._workers)
-        self._ready = {s: self._ready.get(s) or self._threads.submit(self._make, s) for s in ahead}
-        return result
-
-    def first_row(self, step: int) -> MicroBatch:
-        """The first sequence of a step's global batch, the same on every rank."""
-        position = self.positions.first(step)
-        return micro_batches(self._stream.rows(range(position, position + 1)), 1, 1, self._ranks.device)[0]
-
-    def digest(self, step: int) -> str:
-        """xxh3 of the sample ids of a step's global batch."""
-        ids = self._stream.sample_ids(self.positions.first(step), self._batch.global_batch_sequences)
-        return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, "<u8").tobytes())
-
-    def leave_out(self, samples: tuple[int, int]) -> None:
-        """From now on pass over the samples of these positions (first, end); what was read ahead is dropped."""
-        self.positions = replace(self.positions, skipped=(*self.positions.skipped, samples))
-        self._ready = {}
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
-
-    def _make(self, step: int) -> list[MicroBatch]:
-        first, end = self._batch.rank_range(self._ranks.rank)
-        start = self.positions.first(step)
-        rows, plan = self._stream.rows(range(start + first, start + end)), self._batch
-        return micro_batches(rows, plan.accumulation_steps, plan.rows_per_forward, self._ranks.device)
+from gpt.validation_gap import ValidationGap
 
 
 @dataclass(frozen=True)
@@ -95,6 +38,8 @@ class StepBatch:
     """One optimizer step's data on this rank, and what all ranks know of it."""
 
     forwards: list[MicroBatch]
+    first_position: int
+    """Of this rank's first sample in the data order; the others follow it."""
     target_tokens: int
     """Of the whole global batch."""
     stop: bool
@@ -123,6 +68,8 @@ class Trainer:
     uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
     output_layer: OutputLayer | None = None
     """Where it gives the loss; logits are then never whole, and the saver's probe needs a forward of its own."""
+    embedding_noise: Callable[[int], AbstractContextManager[Any]] = nullcontext
+    """Around a training forward, given the position of its first sample."""
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
     load: Callable[[], tuple[Manifest, str] | None] = lambda: None
@@ -139,6 +86,7 @@ class Trainer:
         self._loaded_step = self.first_step - 1
         self._watch = self._new_watch()
         self._patience = self._new_patience()
+        self._gap = ValidationGap()
         self._fault: Fault | None = None
         self._postponed = False
         self.stopped_at: int | None = None
@@ -193,6 +141,7 @@ class Trainer:
                 if reason := self._patience.see(step, value):
                     self._end_early(step, reason)
         if self.metrics is not None:
+            self._watch_gap(step, record)
             self.metrics.write(step, record)
         save = self._postponed or self._is_due(step, self.recipe.checkpoint.every_steps)
         # what a run goes back to has to be good: nothing is saved amid skipped steps or spikes, but at the end
@@ -210,7 +159,8 @@ class Trainer:
         mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested(), self.saver.state()]
         everyone = distributed.gather_floats(mine, self.ranks)
         self.saver.hear(everyone[:, 2])
-        return StepBatch(forwards, int(everyone[:, 0].sum()), bool(everyone[:, 1].any()), started, waited)
+        position, target_tokens = self.batches.first_position(step), int(everyone[:, 0].sum())
+        return StepBatch(forwards, position, target_tokens, bool(everyone[:, 1].any()), started, waited)
 
     def _stop(self, step: int) -> None:
         """Leave after `step`, which is saved unless it already is."""
@@ -229,6 +179,13 @@ class Trainer:
             self.owner.note_event("early stopping", step=step, reason=reason)
             print(f"early stopping after step {step}: {reason}", flush=True)
 
+    def _watch_gap(self, step: int, record: Record) -> None:
+        """Rank 0: put the gap of an evaluated step into its record, and say when it opens."""
+        if warning := self._gap.see(step, record):
+            assert self.owner is not None
+            self.owner.note_event("over-fitting", step=step, reason=warning)
+            print(f"warning: step {step}: {warning}", flush=True)
+
     @property
     def last_step(self) -> int:
         """Of the run, as far as is known: the schedule's, or an earlier one."""
@@ -237,13 +194,13 @@ class Trainer:
     def train_step(self, step: int, batch: "StepBatch") -> Record:
         """One optimizer step; returns the step's record (complete on rank 0 only)."""
         started, busy = batch.started, busy_seconds()
-        forwards, target_tokens = batch.forwards, batch.target_tokens
+        target_tokens = batch.target_tokens
         if target_tokens == 0:
             raise ValueError(f"the global batch of step {step} has no target token: nothing can be learned from it")
         learning_rate = self.schedule.learning_rate(max(1, step - self.engine.skipped_steps))
         distributed.set_learning_rate(self.engine, learning_rate)
         random = random_state(self.ranks.device)
-        loss_sum = self._accumulate(forwards, target_tokens)
+        loss_sum = self._accumulate(batch)
         # on a CPU a rank sleeps while it waits for another one; a GPU's host tells nothing
         busy = busy_seconds() - busy if self.ranks.device.type == "cpu" else 0.0
         square = distributed.gradient_square(self.engine)
@@ -262,26 +219,33 @@ class Trainer:
             self._explain_skip(step, batch, loss, random)
         return self._record(step, loss, target_tokens, learning_rate, time.perf_counter() - started, everyone)
 
-    def _accumulate(self, forwards: list[MicroBatch], target_tokens: int, *, fused: bool = True) -> torch.Tensor:
-        """The forwards and backwards of one step, whose gradient then waits for the update; this rank's loss sum."""
+    def _accumulate(self, batch: StepBatch, *, whole_logits: bool = False) -> torch.Tensor:
+        """The forwards and backwards of one step, whose gradient then waits for the update; this rank's loss sum, which
+        label smoothing does not change."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         self.engine.train()
-        for number, forward in enumerate(forwards):
+        position = batch.first_position
+        for number, forward in enumerate(batch.forwards):
             if number:
                 self.engine.step()  # no update yet: by these calls DeepSpeed counts its micro-batches
-            part = self._loss_sum(forward, self.output_layer if fused else None)
-            self.engine.backward(loss_for_backward(part, target_tokens, self.ranks.world_size), scale_wrt_gas=False)
-            loss_sum += part.detach()
+            with self.embedding_noise(position + number * self.batch.rows_per_forward):
+                minimised, part = self._loss_sums(forward, None if whole_logits else self.output_layer)
+            loss = loss_for_backward(minimised, batch.target_tokens, self.ranks.world_size)
+            self.engine.backward(loss, scale_wrt_gas=False)
+            loss_sum += part
         self.saver.wait_copied()
         return loss_sum
 
-    def _loss_sum(self, batch: MicroBatch, output: OutputLayer | None) -> torch.Tensor:
+    def _loss_sums(self, batch: MicroBatch, output: OutputLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is minimised, and the plain loss without a gradient: sums over the counted targets of one forward."""
         if output is None:
             logits = self.forward(batch.input_ids, batch.position_ids)
             self.saver.give_probe(logits, batch)
-            return cross_entropy_sum(logits, batch.targets, batch.mask)
+            smoothing = self.recipe.train.label_smoothing
+            return smoothed_cross_entropy_sums(logits, batch.targets, batch.mask, smoothing)
         with output.gives_loss(batch.targets, batch.mask):
-            return self.forward(batch.input_ids, batch.position_ids)
+            loss = self.forward(batch.input_ids, batch.position_ids)
+        return loss, loss.detach()
 
     def _explain_skip(self, step: int, batch: "StepBatch", loss: float, random: RandomState) -> None:
         """Say why a step was skipped: in an event and a line.
@@ -309,7 +273,7 @@ class Trainer:
         now, skipped_steps = random_state(self.ranks.device), self.engine.skipped_steps
         set_random_state(random, self.ranks.device)
         with self.uncompiled(), first_non_finite(self.engine.module, self.ranks.rank) as found:
-            self._accumulate(batch.forwards, batch.target_tokens, fused=False)
+            self._accumulate(batch, whole_logits=True)
         distributed.discard_gradients(self.engine)
         self.engine.skipped_steps = skipped_steps
         set_random_state(now, self.ranks.device)
@@ -335,7 +299,10 @@ class Trainer:
         Returns the reason where the run should not go on from there.
         """
         self._watch, self._fault, self._postponed = self._new_watch(), None, False
-        past = recent_losses(self.run / "metrics.jsonl", self._watch.memory_steps) if self.ranks.is_first else None
+        past = None
+        if self.ranks.is_first:
+            past = recent_losses(self.run / "metrics.jsonl", self._watch.memory_steps)
+            self._gap = ValidationGap.restore(self.run / "metrics.jsonl")
         self._watch.restore(*distributed.broadcast(past))
         self._patience = self._new_patience()
         if self._patience is None:

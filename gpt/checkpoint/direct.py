@@ -8,12 +8,18 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from gpt.checkpoint.format import BLOCK_BYTES, FileEntry
 
 ALIGNMENT_BYTES = 4096
 """What O_DIRECT asks of lengths and places; the largest sector of today's disks."""
+
+
+def block_memory() -> memoryview:
+    """`BLOCK_BYTES` that begin at a page, as O_DIRECT asks; a page takes memory once it is touched."""
+    return memoryview(mmap.mmap(-1, BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class DirectFile:
@@ -27,9 +33,8 @@ class DirectFile:
         except OSError:
             self._descriptor = os.open(path, flags, 0o666)
         self._disk = disk
-        # an anonymous mapping begins at a page
-        self._filling, self._other = (memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2))
-        self._filled_bytes = 0
+        self._filling, self._other = block_memory(), block_memory()
+        self._filled_bytes, self._size_bytes = 0, 0
         self._pending: Future[None] | None = None
         self._blocks: list[str] = []
 
@@ -38,7 +43,8 @@ class DirectFile:
         view = memoryview(data).cast("B")
         while len(view):
             part = view[: BLOCK_BYTES - self._filled_bytes]
-            self._filling[self._filled_bytes : self._filled_bytes + len(part)] = part
+            target = self._filling[self._filled_bytes : self._filled_bytes + len(part)]
+            np.frombuffer(target, np.uint8)[:] = np.frombuffer(part, np.uint8)  # lets other threads run meanwhile
             self._filled_bytes += len(part)
             view = view[len(part) :]
             if self._filled_bytes == BLOCK_BYTES:
@@ -46,13 +52,12 @@ class DirectFile:
 
     def finish(self) -> FileEntry:
         """Make the content durable (fsync)."""
-        size = len(self._blocks) * BLOCK_BYTES + self._filled_bytes
         if self._filled_bytes:
             self._end_block()
         self._wait()
-        os.ftruncate(self._descriptor, size)
+        os.ftruncate(self._descriptor, self._size_bytes)
         os.fsync(self._descriptor)
-        return FileEntry(size_bytes=size, blocks=self._blocks)
+        return FileEntry(size_bytes=self._size_bytes, blocks=self._blocks)
 
     def close(self) -> None:
         """Also after an error: nothing is being written any more."""
@@ -62,10 +67,9 @@ class DirectFile:
 
     def _end_block(self) -> None:
         self._wait()
-        start, length = len(self._blocks) * BLOCK_BYTES, self._filled_bytes
-        self._blocks.append(xxhash.xxh3_64_hexdigest(self._filling[:length]))
-        padded = -(-length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # cut off again by `finish`
-        self._pending = self._disk.submit(self._write_block, self._filling[:padded], start)
+        start, length = self._size_bytes, self._filled_bytes
+        self._size_bytes += length
+        self._pending = self._disk.submit(self._write_block, self._filling, length, start)
         self._filling, self._other = self._other, self._filling
         self._filled_bytes = 0
 
@@ -74,7 +78,9 @@ class DirectFile:
             self._pending.result()  # interrupted here, it is still waited for by `close`
             self._pending = None
 
-    def _write_block(self, block: memoryview, start: int) -> None:
+    def _write_block(self, buffer: memoryview, length: int, start: int) -> None:
+        self._blocks.append(xxhash.xxh3_64_hexdigest(buffer[:length]))
+        block = buffer[: -(-length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES]  # what is too much, `finish` cuts off
         while len(block):
             count = os.pwrite(self._descriptor, block, start)
             block, start = block[count:], start + count

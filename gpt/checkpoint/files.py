@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 import xxhash
 
-from gpt.checkpoint.direct import direct_file
+from gpt.checkpoint.direct import block_memory, direct_file
 from gpt.checkpoint.format import BLOCK_BYTES, DamagedFileError, FileEntry
 
 DTYPES: dict[str, torch.dtype] = {
@@ -39,6 +39,12 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 NORM_ELEMENTS = 1 << 16
 """As many are converted at a time."""
+
+VIEW_BLOCKS = 2
+"""While as many more blocks are read, a view of one stays as it is."""
+
+PART_BYTES = 1 << 19
+"""As many are read at a time: their checksum is taken while the processor's cache still holds them."""
 
 
 @dataclass(frozen=True)
@@ -175,16 +181,20 @@ class VerifiedFile:
     """A file of which no byte is given out before its block has the checksum that `entry` records.
 
     `bytes_read` counts the bytes taken from the file system. The last `cache_blocks` partly used blocks are kept,
-    so that a sequence of neighbouring reads reads every block once.
+    so that a sequence of neighbouring reads reads every block once. Memory for a block comes from `spare` (files may
+    share the list) and goes there when another takes its place: new pages are slow.
     Raises DamagedFileError when the file is missing, has another size or does not match a checksum.
     """
 
-    def __init__(self, path: Path, entry: FileEntry, *, cache_blocks: int = 2) -> None:
+    def __init__(
+        self, path: Path, entry: FileEntry, *, cache_blocks: int = 2, spare: list[memoryview] | None = None
+    ) -> None:
         self.path = path
         self.entry = entry
         self.bytes_read = 0
         self._cache: OrderedDict[int, memoryview] = OrderedDict()
         self._cache_blocks = cache_blocks
+        self._spare: list[memoryview] = [] if spare is None else spare
         try:
             size = path.stat().st_size
         except FileNotFoundError:
@@ -219,6 +229,17 @@ class VerifiedFile:
                     target[position - offset : stop - offset] = block[position - begin : stop - begin]
                 position = stop
 
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes `[offset, offset + length)` of one block, verified, in the memory that keeps the block.
+
+        They stay as they are while `VIEW_BLOCKS` more are read (of this file or one that shares `spare`), not longer.
+        """
+        index = offset // BLOCK_BYTES
+        begin, stop = self._block_range(index)
+        assert offset + length <= stop, "bytes of one block"
+        with self.path.open("rb", buffering=0) as file:
+            return self._cached_block(file.fileno(), index)[offset - begin : offset - begin + length]
+
     def verify(self) -> None:
         """Check every block; raises DamagedFileError for the first that differs."""
         buffer = memoryview(bytearray(min(BLOCK_BYTES, self.entry.size_bytes)))
@@ -234,25 +255,28 @@ class VerifiedFile:
         block = self._cache.get(index)
         if block is None:
             begin, stop = self._block_range(index)
-            while len(self._cache) >= self._cache_blocks:
-                _, block = self._cache.popitem(last=False)
-            if block is None or len(block) != stop - begin:  # else its memory is used again: new pages are slow
-                block = memoryview(bytearray(stop - begin))
+            memory = self._spare.pop(0) if len(self._spare) >= VIEW_BLOCKS else block_memory()
+            block = memory[: stop - begin]
             self._fetch(descriptor, index, block)
+            while len(self._cache) >= self._cache_blocks:
+                _, old = self._cache.popitem(last=False)
+                self._spare.append(memoryview(old.obj))
             self._cache[index] = block
         self._cache.move_to_end(index)
         return block
 
     def _fetch(self, descriptor: int, index: int, target: memoryview) -> None:
         begin, stop = self._block_range(index)
-        position = begin
+        position, checksum = begin, xxhash.xxh3_64()
         while position < stop:
-            count = os.preadv(descriptor, [target[position - begin :]], position)
+            part = target[position - begin : position - begin + PART_BYTES]
+            count = os.preadv(descriptor, [part], position)
             if count == 0:
                 raise DamagedFileError(f"{self.path} ends at byte {position}, but should have {self.entry.size_bytes}.")
+            checksum.update(part[:count])
             position += count
         self.bytes_read += stop - begin
-        actual = xxhash.xxh3_64_hexdigest(target)
+        actual = checksum.hexdigest()
         if actual != self.entry.blocks[index]:
             raise DamagedFileError(
                 f"{self.path} is damaged: block {index} (bytes {begin} to {stop}) has the checksum {actual}, "
@@ -263,8 +287,10 @@ class VerifiedFile:
 class FragmentFile:
     """A safetensors file behind a `VerifiedFile`: names, shapes, dtypes, and slices of flattened tensors."""
 
-    def __init__(self, path: Path, entry: FileEntry, *, cache_blocks: int = 2) -> None:
-        self._file = VerifiedFile(path, entry, cache_blocks=cache_blocks)
+    def __init__(
+        self, path: Path, entry: FileEntry, *, cache_blocks: int = 2, spare: list[memoryview] | None = None
+    ) -> None:
+        self._file = VerifiedFile(path, entry, cache_blocks=cache_blocks, spare=spare)
         self._tensors, self._data_start = self._read_header()
 
     def _read_header(self) -> tuple[dict[str, dict], int]:
@@ -309,8 +335,17 @@ class FragmentFile:
         if target.dtype != self.dtype(name):
             target.copy_(self.read(name, start, target.numel()))
         elif target.numel():
-            offset = self._data_start + self._entry(name)["data_offsets"][0] + start * target.itemsize
-            self._file.read_into(offset, _bytes_of(target))
+            self._file.read_into(self._offset(name, start), _bytes_of(target))
+
+    def view(self, name: str, start: int, count: int) -> torch.Tensor:
+        """At most `count` elements of the flattened tensor, from `start` on: as many as one block holds, 1-D. They stay
+        as they are while `VIEW_BLOCKS` more blocks are read, not longer."""
+        dtype, offset = self.dtype(name), self._offset(name, start)
+        length = min(count * dtype.itemsize, BLOCK_BYTES - offset % BLOCK_BYTES)
+        return torch.frombuffer(self._file.view(offset, length), dtype=dtype)
+
+    def _offset(self, name: str, start: int) -> int:
+        return int(self._data_start + self._entry(name)["data_offsets"][0] + start * self.dtype(name).itemsize)
 
     def _entry(self, name: str) -> dict:
         try:

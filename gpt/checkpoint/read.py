@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gpt.checkpoint.files import FragmentFile, VerifiedFile
+from gpt.checkpoint.files import VIEW_BLOCKS, FragmentFile, VerifiedFile
 from gpt.checkpoint.format import (
+    BLOCK_BYTES,
     MANIFEST_NAME,
     DamagedFileError,
     Manifest,
@@ -46,11 +47,17 @@ class CheckpointReader:
         self._indices = {entry.name: index for index, entry in enumerate(self.manifest.parameters)}
         # One block kept per file makes reading in order cheap; two only while that is little memory.
         self._cache_blocks = 2 if len(self.manifest.files) <= 16 else 1
+        self._spare: list[memoryview] = []
 
     @property
     def bytes_read(self) -> int:
         """Bytes taken from the files so far."""
         return sum(file.bytes_read for file in self._files.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the kept blocks take at most."""
+        return (self._cache_blocks * len(self.manifest.files) + VIEW_BLOCKS + 1) * BLOCK_BYTES
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Full shape of a parameter."""
@@ -61,26 +68,41 @@ class CheckpointReader:
 
         `state` is one of `manifest.states_of` it (`fp32` is the master weight). Returns fp32 [count].
         """
-        index = self.index(parameter)
-        elements = self.manifest.parameters[index].elements
-        if start < 0 or count < 0 or start + count > elements:
-            raise ValueError(f"Elements {start} to {start + count} lie outside {parameter}, which has {elements}.")
+        total = self.manifest.parameters[self.index(parameter)].elements
+        if start < 0 or count < 0 or start + count > total:
+            raise ValueError(f"Elements {start} to {start + count} lie outside {parameter}, which has {total}.")
         result = torch.empty(count, dtype=torch.float32)
         position, end = start, start + count
-        ranges = sorted((r[index][0], r[index][1], name) for name, r in self.manifest.fragments.items())
-        for fragment_start, fragment_count, name in ranges:
-            stop = min(end, fragment_start + fragment_count)
-            if fragment_start <= position < stop:
-                file, tensor = self._file(name), f"{state}/{parameter}"
-                if file.shape(tensor) != (fragment_count,):
-                    raise DamagedFileError(
-                        f"{file.path} holds {tensor} with the shape {file.shape(tensor)}, but the manifest says "
-                        f"({fragment_count},)."
-                    )
-                file.read_into(tensor, position - fragment_start, result[position - start : stop - start])
+        for first, elements, name in self._fragments(parameter):
+            stop = min(end, first + elements)
+            if first <= position < stop:
+                file = self._checked_file(name, f"{state}/{parameter}", elements)
+                file.read_into(f"{state}/{parameter}", position - first, result[position - start : stop - start])
                 position = stop
         assert position == end, "the manifest guarantees that fragments cover every parameter"
         return result
+
+    def view(self, state: str, parameter: str, start: int) -> torch.Tensor:
+        """The elements of a flattened parameter's `state` from `start` on, as many as one block of a file holds: fp32
+        [count]. Nothing is copied: they stay as they are while `VIEW_BLOCKS` more blocks are read, not longer."""
+        for first, elements, name in self._fragments(parameter):
+            if first <= start < first + elements:
+                file = self._checked_file(name, f"{state}/{parameter}", elements)
+                return file.view(f"{state}/{parameter}", start - first, first + elements - start).float()
+        raise ValueError(f"Element {start} lies outside {parameter}, which has {math.prod(self.shape(parameter))}.")
+
+    def _fragments(self, parameter: str) -> list[tuple[int, int, str]]:
+        """(first element, elements, file) of each fragment of a flattened parameter, in order."""
+        index = self.index(parameter)
+        return sorted((*ranges[index], name) for name, ranges in self.manifest.fragments.items())
+
+    def _checked_file(self, name: str, tensor: str, elements: int) -> FragmentFile:
+        file = self._file(name)
+        if file.shape(tensor) != (elements,):
+            raise DamagedFileError(
+                f"{file.path} holds {tensor} with the shape {file.shape(tensor)}, but the manifest says ({elements},)."
+            )
+        return file
 
     def read_tensor(self, parameter: str, state: str | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A whole parameter's `state` (its weights by default) in its full shape, rounded from fp32 to `dtype`."""
@@ -131,7 +153,8 @@ class CheckpointReader:
                 entry = self.manifest.files[name]
             except KeyError:
                 raise DamagedFileError(f"The manifest of {self.directory} lists no file {name}.") from None
-            self._files[name] = FragmentFile(self.directory / name, entry, cache_blocks=self._cache_blocks)
+            path, kept = self.directory / name, self._cache_blocks
+            self._files[name] = FragmentFile(path, entry, cache_blocks=kept, spare=self._spare)
         return self._files[name]
 
 

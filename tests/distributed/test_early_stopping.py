@@ -30,6 +30,8 @@ def test_an_over_fitting_run_ends_at_the_same_step_after_a_kill(runs: Runs) -> N
     assert end == best + 30 < 200 and losses[end] > losses[best]
     assert metrics[end]["train/loss"] < metrics[best]["train/loss"], "it does not over-fit, so that nothing was tested"
     (told,) = [event for event in runs.events("overfit") if event["event"] == "early stopping"]
+    (opened,) = [event["step"] for event in runs.events("overfit") if event["event"] == "over-fitting"]
+    assert best < opened < end and metrics[opened]["evaluate/gap"] > metrics[best]["evaluate/gap"]
     (ended,) = [event for event in runs.events("overfit") if event["event"] == "end"]
     assert (told["step"], ended["step"], ended["reason"]) == (end, end, told["reason"])
 

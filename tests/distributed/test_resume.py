@@ -54,11 +54,12 @@ def test_asked_steps_are_traced_on_rank_0(reference: Runs) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_killed_run_with_dropout_and_gradient_checkpointing(runs: Runs, precision: str) -> None:
+def test_killed_run_with_dropout_and_gradient_checkpointing_or_noise(runs: Runs, precision: str) -> None:
     if precision == "bf16":
         changes: dict[str, Any] = {"gradient_checkpointing": {"every_layers": 2}}
     else:
-        changes = {}
+        regularized = {"label_smoothing": 0.1, "neftune_noise_alpha": 5.0}
+        changes = {"train": {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 20, **regularized}}
     changes |= {"model": {"config": GPT2_WITH_DROPOUT}, "precision": precision, "checkpoint": {"every_steps": 5}}
     name = f"dropout-{precision}"
     runs.train(name, **changes)

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_worker import MODEL, RECIPE, SEQUENCES, STEPS, ragged_rows
+from engine_worker import MODEL, RECIPE, REGULARIZED, SEQUENCES, STEPS, ragged_rows
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.neftune import neftune_post_forward_hook
 
+from gpt.embedding_noise import noise_seed
 from gpt.optimizer import Schedule
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe
 
@@ -30,17 +32,17 @@ SPLITS = [
 
 
 @pytest.fixture(scope="module")
-def engine_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, int, int]], dict[str, Any]]:
+def engine_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """What the engine gave for a split; each runs once."""
     folder = tmp_path_factory.mktemp("numerics")
 
     @functools.cache
-    def result(split: tuple[int, int, int]) -> dict[str, Any]:
+    def result(split: tuple[int, int, int], *options: str) -> dict[str, Any]:
         ranks, micro, stage = split
-        out = folder / f"{ranks}-{micro}-{stage}.pt"
+        out = folder / f"{ranks}-{micro}-{stage}{options}.pt"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         done = subprocess.run(
-            [*command, str(WORKER), str(out), str(micro), str(stage)],
+            [*command, str(WORKER), str(out), str(micro), str(stage), *options],
             env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -59,14 +61,30 @@ def plain_model(weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     return model
 
 
-def big_batch_loss(model: PreTrainedModel, step: int) -> torch.Tensor:
+def big_batch_loss(model: PreTrainedModel, step: int, label_smoothing: float = 0.0) -> torch.Tensor:
     """Mean loss over the counted targets of a whole global batch, in one forward."""
     rows = ragged_rows(np.arange((step - 1) * SEQUENCES, step * SEQUENCES))
     logits = model(
         input_ids=torch.from_numpy(rows.input_ids), position_ids=torch.from_numpy(rows.position_ids), use_cache=False
     ).logits
     targets = torch.from_numpy(np.where(rows.target_mask, rows.targets, -100))
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=label_smoothing
+    )
+
+
+def add_transformers_noise(model: PreTrainedModel) -> None:
+    """transformers' NEFTune on the rows of step 1, each from its own seed."""
+
+    def add(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for position, row in enumerate(output.split(1)):
+            torch.manual_seed(noise_seed(RECIPE["train"]["seed"], position))
+            module.neftune_noise_alpha = REGULARIZED["neftune_noise_alpha"]
+            rows.append(neftune_post_forward_hook(module, args, row))
+        return torch.cat(rows)
+
+    model.train().get_input_embeddings().register_forward_hook(add)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -77,6 +95,21 @@ def test_gradient_equals_one_big_batch(engine_results: Any, split: tuple[int, in
     loss = big_batch_loss(model, 1)
     loss.backward()
     assert result["loss"][0] == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        difference = (result["gradient"][name] - parameter.grad).abs().max()
+        assert difference <= 1e-5 * parameter.grad.abs().max(), name
+
+
+def test_label_smoothing_and_embedding_noise_equal_one_big_batch_with_those_of_torch_and_transformers(
+    engine_results: Any,
+) -> None:
+    """2 ranks x 2 forwards. The loss that is recorded is not smoothed."""
+    result = engine_results((2, 2, 3), "regularized")
+    model = plain_model(result["initial"])
+    add_transformers_noise(model)
+    assert result["loss"][0] == pytest.approx(big_batch_loss(model, 1).item(), rel=1e-6)
+    big_batch_loss(model, 1, REGULARIZED["label_smoothing"]).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         difference = (result["gradient"][name] - parameter.grad).abs().max()

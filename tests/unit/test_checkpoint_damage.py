@@ -5,15 +5,18 @@ In blocks of some KiB instead of 8 MiB, so that the files of a small model have 
 
 import random
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
+import torch
 from small_checkpoint import make_model, write_checkpoint
 
 from gpt.checkpoint import files
 from gpt.checkpoint.files import VerifiedFile
 from gpt.checkpoint.format import DamagedFileError, checkpoint_directory
 from gpt.checkpoint.read import CheckpointReader, newest_checkpoint
+from gpt.export_source import CheckpointWeights
 from launch.verify import verify
 
 Block = tuple[str, int]
@@ -71,6 +74,28 @@ def test_a_rank_reads_its_share_and_no_block_twice(
             assert len(fetched) == len(set(fetched)), f"a block was read twice by rank {rank} of {processes}"
             if processes == written_by:
                 assert opened == 1 and reader.bytes_read <= 12 * elements + 2 * files.BLOCK_BYTES
+
+
+@pytest.mark.parametrize("written_by", [1, 3, 20])
+def test_an_export_reads_no_block_twice_and_what_it_was_given_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: list[Block], written_by: int
+) -> None:
+    """Pieces are views of blocks, looked at when the thread has read ahead all it does; 20 files keep one each."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", 256)
+    directory = write_checkpoint(tmp_path, make_model(), ranks=written_by, tokenizer=False)
+    plain, weights = CheckpointReader(directory), CheckpointWeights(CheckpointReader(directory))
+    expected = {name: plain.read_tensor(name).flatten() for name in weights.shapes}
+    fetched.clear()
+    for name, values in expected.items():
+        done = 0
+        for piece in weights.chunks(name):
+            wait(weights._ahead)
+            assert torch.equal(piece, values[done : done + piece.numel()]), name
+            done += piece.numel()
+        assert done == values.numel()
+    assert len(fetched) == len(set(fetched)) > 20
+    first = next(iter(expected))  # not what was read ahead
+    assert torch.equal(torch.cat([piece.clone() for piece in weights.chunks(first)]), expected[first])
 
 
 @pytest.mark.parametrize(

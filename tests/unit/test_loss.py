@@ -5,9 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from recipe_samples import make_recipe
 from small_checkpoint import make_model
+from transformers.trainer_pt_utils import LabelSmoother
 
-from gpt.loss import CHUNK_ROWS, OutputLayer, count_correct, cross_entropy_sum, loss_for_backward, output_layer
+from gpt.loss import (
+    CHUNK_ROWS,
+    OutputLayer,
+    count_correct,
+    cross_entropy_sum,
+    loss_for_backward,
+    output_layer,
+    smoothed_cross_entropy_sums,
+)
 
 # rows x tokens: one chunk, an exact chunk, and chunks with a rest
 SHAPES = [(2, 7), (4, CHUNK_ROWS // 4), (3, CHUNK_ROWS // 2 + 5)]
@@ -51,12 +61,32 @@ def test_sum_and_gradient_equal_torchs_in_float64(shape: tuple[int, int], dtype:
     assert bool((difference <= ROUNDING[dtype] * expected_gradient.abs() + FP32_ERROR).all())
 
 
-def test_the_sum_of_bf16_logits_is_taken_in_fp32() -> None:
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_label_smoothing_is_that_of_transformers(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """In float64, as a sum. The plain loss stays beside it, without a gradient."""
+    logits, targets, mask = make(shape, dtype)
+    minimised, plain = smoothed_cross_entropy_sums(logits, targets, mask, 0.3)
+    exact = logits.detach().double().requires_grad_()
+    expected = LabelSmoother(0.3)({"logits": exact}, torch.where(mask, targets, -100), num_items_in_batch=1)
+    expected.backward()
+    assert minimised.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert plain.item() == pytest.approx(reference(logits, targets, mask)[0], rel=1e-6)
+    assert not plain.requires_grad
+    (3.0 * minimised).backward()
+    assert logits.grad is not None and exact.grad is not None
+    difference = (logits.grad.double() / 3 - exact.grad).abs()
+    assert bool((difference <= ROUNDING[dtype] * exact.grad.abs() + FP32_ERROR).all())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_the_sum_of_bf16_logits_is_taken_in_fp32(label_smoothing: float) -> None:
     """Adding 4,096 losses of about 3.6 in bf16 would stop at 1,024, where the spacing is 8."""
     logits = torch.zeros(4, 1024, VOCABULARY, dtype=torch.bfloat16)
     targets = torch.zeros(4, 1024, dtype=torch.int64)
-    loss = cross_entropy_sum(logits, targets, torch.ones(4, 1024, dtype=torch.bool))
-    assert float(loss) == pytest.approx(4096 * math.log(VOCABULARY), rel=1e-6)
+    mask = torch.ones(4, 1024, dtype=torch.bool)
+    for loss in smoothed_cross_entropy_sums(logits, targets, mask, label_smoothing):
+        assert float(loss) == pytest.approx(4096 * math.log(VOCABULARY), rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -65,6 +95,7 @@ def test_what_is_not_finite_in_a_masked_row_stays_there(value: float) -> None:
     clean, clean_gradient = reference(logits, targets, mask)
     with torch.no_grad():
         logits[~mask] = value
+    assert bool(smoothed_cross_entropy_sums(logits, targets, mask, 0.3)[0].isfinite())
     loss = cross_entropy_sum(logits, targets, mask)
     loss.backward()
     assert float(loss) == pytest.approx(clean, rel=1e-6)
@@ -181,9 +212,15 @@ def test_only_where_logits_are_the_layers_product_it_gives_the_loss(
     model_type: str, fields: dict[str, Any], can: bool
 ) -> None:
     model = make_model(model_type, **fields)
-    found = output_layer(model, model, torch.device("cpu"))
+    found = output_layer(make_recipe(), model, model, torch.device("cpu"))
     assert (found is not None) == can
     assert model(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.shape[:2] == (1, 3)
+
+
+@pytest.mark.parametrize("changes", [{"fused_loss": False}, {"train.label_smoothing": 0.1}])
+def test_the_recipe_can_need_whole_logits(changes: dict[str, Any]) -> None:
+    model = make_model()
+    assert output_layer(make_recipe(changes), model, model, torch.device("cpu")) is None
 
 
 def test_scaled_rank_sums_give_the_gradient_of_one_mean_over_the_global_batch() -> None:

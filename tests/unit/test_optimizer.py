@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from recipe_samples import make_recipe
+from transformers import get_linear_schedule_with_warmup
 
 from gpt.optimizer import Schedule, build_optimizer, parameter_groups, state_names
 
@@ -51,6 +52,20 @@ def test_constant_after_warmup(step: int, expected: float) -> None:
     assert rates.learning_rate(step) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_linear_is_that_of_transformers(warmup: int) -> None:
+    """Which begins with a step at rate 0: ours is one step ahead."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = get_linear_schedule_with_warmup(optimizer, warmup, 9)
+    rates = schedule(9, learning_rate=1e-3, schedule="linear", warmup_steps=warmup, minimum_learning_rate_ratio=0)
+    for step in range(1, 10):
+        optimizer.step()
+        theirs.step()
+        assert rates.learning_rate(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-18)
+    floor = schedule(9, learning_rate=1e-3, schedule="linear", minimum_learning_rate_ratio=0.1)
+    assert floor.learning_rate(9) == pytest.approx(1e-4)
+
+
 def test_without_warmup_and_down_to_zero() -> None:
     rates = schedule(4, learning_rate=1e-3, minimum_learning_rate_ratio=0)
     expected = [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in (1, 2, 3, 4)]
@@ -58,7 +73,12 @@ def test_without_warmup_and_down_to_zero() -> None:
 
 
 def test_every_schedule_rises_then_never_rises_again() -> None:
-    for settings in ({}, {"schedule": "constant"}, {"schedule": "warmup_stable_decay", "decay_steps": 30}):
+    for settings in (
+        {},
+        {"schedule": "constant"},
+        {"schedule": "linear"},
+        {"schedule": "warmup_stable_decay", "decay_steps": 30},
+    ):
         rates = schedule(100, warmup_steps=20, **settings)
         values = [rates.learning_rate(step) for step in range(1, 101)]
         assert all(a < b for a, b in itertools.pairwise(values[:20]))
@@ -93,6 +113,7 @@ def test_warmup_and_decay_that_exceed_the_run_are_refused() -> None:
             {"schedule": "warmup_stable_decay", "decay_steps": 30},
             [(1, "first step"), (70, "decay begins"), (100, "last step")],
         ),
+        ({"schedule": "linear"}, [(1, "first step"), (50, "half of the decay"), (100, "last step")]),
         ({"schedule": "constant", "warmup_steps": 1}, [(1, "end of warm-up"), (100, "last step")]),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +20,18 @@ from transformers import AutoTokenizer
 
 from gpt import distributed, preflight, train
 from gpt.evaluate import end_token_ids
+from gpt.loss import OutputLayer
 from gpt.model import tied_names
+from gpt.optimizer import total_steps
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory, tokenizer_checksums
 from gpt.train import (
     _build_evaluation,
+    _build_saver,
     _describe_run,
     check,
     plan_run,
     sample_prompt,
-    total_steps,
 )
 
 
@@ -180,7 +183,7 @@ def test_the_number_of_workers_may_change_when_a_run_goes_on(prepared_data: Prep
 def test_isolation_is_tried_only_where_rows_may_join_documents(
     prepared_data: PreparedData, tmp_path: Path, documents: int, checked: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from contextlib import nullcontext
+
     from types import SimpleNamespace
 
     from data_samples import write_shards
@@ -380,6 +383,23 @@ def test_an_evaluation_has_its_own_batch_size_and_the_same_sums(
     targets = torch.from_numpy(np.where(rows.target_mask, rows.targets, -100))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert measured.loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, True), ({"train.label_smoothing": 0.1}, True), ({"train.neftune_noise_alpha": 5}, False)],
+)
+def test_a_training_forward_with_noise_is_no_probe(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: bool
+) -> None:
+    from small_checkpoint import make_model
+
+    monkeypatch.setattr("gpt.saver.Saver", lambda *arguments: arguments[-1])
+    plan: Any = SimpleNamespace(recipe=make_recipe(changes))
+    model = make_model()
+    assert _build_saver(plan, None, None, None, 1, model, None, nullcontext, None) == expected
+    fused = OutputLayer(model.get_output_embeddings())
+    assert _build_saver(plan, None, None, None, 1, model, None, nullcontext, fused) is False, "it has no logits"
 
 
 def test_without_validation_data_there_is_no_evaluation(prepared_data: PreparedData, tmp_path: Path) -> None:
