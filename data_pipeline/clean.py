@@ -1,10 +1,11 @@
 """Rules on one document: what is repaired in its text, and the first bound that it breaks."""
 
 import functools
+import itertools
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import ftfy
@@ -22,13 +23,15 @@ SHORT_LINE_CHARACTERS = 30
 
 _LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+")
-_CONTROL_BYTES = bytes([*range(9), *range(0x0B, 0x20), 0x7F])
+_IS_CONTROL = bytes((code < 0x20 and code not in b"\t\n") or code == 0x7F for code in range(256))
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha() and chr(code) != " ")
+_NOT_ASCII = re.compile(rb"[\x80-\xff](?<![^ ].)[\x80-\xff]*(?![^ ])")  # whole words of it
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _LETTER = re.compile(r"[^\W\d_]")
-_BULLETS = ("•", "‣", "*", "-")
+_BULLETS = frozenset("•‣*-")
 _ELLIPSES = ("...", "…")
 # Latin; then Hindi and Bengali, Urdu and Arabic, Amharic, Armenian, Chinese and Japanese
-_PUNCTUATION = (*".!?\"'", "…", "”", "\u2019", *"।॥\u06d4؟።\u0589。\uff01\uff1f")
+_PUNCTUATION = frozenset(".!?\"'…”\u2019।॥\u06d4؟።\u0589。\uff01\uff1f")
 
 # Why a document is dropped: the bound's name, and the value with it
 Reason = tuple[str, str]
@@ -79,7 +82,7 @@ class Cleaner:
 
     def __init__(self, rules: Rules) -> None:
         self._repairs = _repairs(rules)
-        self._bounds = _bounds(rules)
+        self._bounds = [(section, bounds, dict(bounds)) for section, bounds in _bounds(rules)]
 
     def repair(self, document: Document, tally: dict[str, Any] | None = None, file: str = "") -> Document:
         """The document with its texts repaired, also those in tools and their calls; what changed is counted in
@@ -108,7 +111,7 @@ class Cleaner:
         """
         text = _Text("\n".join(texts_of(document)))
         spaced: bool | None = None
-        for section, bounds in self._bounds:
+        for section, bounds, limits in self._bounds:
             if section != "length":
                 if document.messages is not None:
                     continue
@@ -118,10 +121,11 @@ class Cleaner:
                 if not spaced:
                     continue
             for name, value in _MEASURES[section](text, bounds):
-                for field, broken in ((f"min_{name}", value.__lt__), (f"max_{name}", value.__gt__)):
-                    bound = getattr(bounds, field, None)
-                    if bound is not None and broken(bound):
-                        return f"{section}.{field}", f"{value:.4g}, bound {bound:g}"
+                least, most = limits.get(f"min_{name}"), limits.get(f"max_{name}")
+                if least is not None and value < least:
+                    return f"{section}.min_{name}", f"{value:.4g}, bound {least:g}"
+                if most is not None and value > most:
+                    return f"{section}.max_{name}", f"{value:.4g}, bound {most:g}"
         return None
 
     def _count_change(self, entry: dict[str, Any], name: str, before: list[str], after: list[str], file: str) -> None:
@@ -182,13 +186,17 @@ def _repair_encoding(text: str) -> str:
 
     Only a line feed ends a line: other line ends may be bytes of a character that was decoded wrongly.
     """
-    if text.isascii() or not is_bad(text):
+    if text.isascii():
         return text
-    return "\n".join(map(ftfy.fix_encoding, text.split("\n")))
+    lines = text.split("\n")
+    bad = [place for place, line in enumerate(lines) if not line.isascii() and is_bad(line)]
+    for place in bad:
+        lines[place] = ftfy.fix_encoding(lines[place])
+    return "\n".join(lines) if bad else text
 
 
 def _remove_control_characters(text: str) -> str:
-    if text.isascii() and len(text.encode().translate(None, _CONTROL_BYTES)) == len(text):
+    if text.isascii() and 1 not in text.encode().translate(_IS_CONTROL):
         return text
     return _CONTROL.sub("", _LINE_END.sub("\n", text))
 
@@ -215,18 +223,18 @@ class _Text:
         return self.text.split()
 
     @functools.cached_property
-    def counts(self) -> Counter[str]:
-        return Counter(self.words)
+    def line_of_words(self) -> str:
+        return " ".join(self.words)
 
     @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """Characters of each different word."""
-        return np.fromiter(map(len, self.counts), np.int64, len(self.counts))
+    def numbers(self) -> dict[str, int]:
+        """The different words, numbered."""
+        return dict(zip(dict.fromkeys(self.words), itertools.count(), strict=False))
 
     @functools.cached_property
     def lines(self) -> list[str]:
         """Lines that are not blank, without white space at their ends."""
-        return [stripped for line in self.text.split("\n") if (stripped := line.strip())]
+        return list(filter(None, map(str.strip, self.text.split("\n"))))
 
     @functools.cached_property
     def repeated_lines(self) -> tuple[float, float]:
@@ -237,29 +245,36 @@ def _length(text: _Text, bounds: Any) -> Iterator[Measure]:
     yield "characters", len(text.text)
 
 
+def _lettered_words(text: _Text) -> int:
+    """Words with a letter: all is deleted but letters and what is not ASCII, and of that the words are counted."""
+    left = text.line_of_words.encode().translate(None, _NO_LETTERS)
+    others = [] if left.isascii() else _NOT_ASCII.findall(left)
+    unlettered = [word for word in others if not _LETTER.search(word.decode())]
+    return len(left.split()) - len(unlettered)
+
+
 def _gopher_quality(text: _Text, bounds: Any) -> Iterator[Measure]:
     count = len(text.words)
     yield "words", count
     if not count:
         return
-    times = np.fromiter(text.counts.values(), np.int64, len(text.counts))
-    yield "mean_word_length", int(text.lengths @ times) / count
+    yield "mean_word_length", (len(text.line_of_words) - count + 1) / count
     ellipses = text.text.count("...") + text.text.count("…")
     yield "symbols_per_word", max(text.text.count("#"), ellipses) / count
     lines = text.lines
-    yield "bullet_lines", sum(line.startswith(_BULLETS) for line in lines) / len(lines)
-    yield "ellipsis_lines", sum(line.endswith(_ELLIPSES) for line in lines) / len(lines)
-    lettered = sum(n for word, n in text.counts.items() if word.isalpha() or _LETTER.search(word))
-    yield "alphabetic_words", lettered / count
-    yield "stop_words", sum(word in text.counts for word in set(bounds.stop_words))
+    yield "bullet_lines", sum(map(_BULLETS.__contains__, map(itemgetter(0), lines))) / len(lines)
+    yield "ellipsis_lines", sum(map(str.endswith, lines, itertools.repeat(_ELLIPSES))) / len(lines)
+    yield "alphabetic_words", _lettered_words(text) / count
+    if bounds.min_stop_words is not None:
+        yield "stop_words", sum(word in text.numbers for word in set(bounds.stop_words))
 
 
 def _fineweb_quality(text: _Text, bounds: Any) -> Iterator[Measure]:
     lines = text.lines
     if not lines:
         return
-    yield "punctuated_lines", sum(line.endswith(_PUNCTUATION) for line in lines) / len(lines)
-    yield "short_lines", sum(len(line) < SHORT_LINE_CHARACTERS for line in lines) / len(lines)
+    yield "punctuated_lines", sum(map(_PUNCTUATION.__contains__, map(itemgetter(-1), lines))) / len(lines)
+    yield "short_lines", sum(map(SHORT_LINE_CHARACTERS.__gt__, map(len, lines))) / len(lines)
     yield "repeated_line_characters", text.repeated_lines[1]
 
 
@@ -290,10 +305,10 @@ def _n_grams(text: _Text, enough: float) -> Iterator[Measure]:
     where the share is not above ``enough``, as it only falls with n.
     """
     words = text.words
-    numbers = {word: number for number, word in enumerate(text.counts)}
-    ids = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
-    starts = np.concatenate([[0], np.cumsum(text.lengths[ids])])
-    more = (np.fromiter(text.counts.values(), np.int64, len(numbers)) > 1)[ids]
+    ids = np.fromiter(map(text.numbers.__getitem__, words), np.int64, len(words))
+    lengths = np.fromiter(map(len, text.numbers), np.int64, len(text.numbers))
+    starts = np.concatenate([[0], np.cumsum(lengths[ids])])
+    more = (np.bincount(ids) > 1)[ids]
     places = np.flatnonzero(more[:-1] & more[1:])
     mixed = (ids.astype(np.uint64) + np.uint64(1)) * MIX
     mixed ^= mixed >> np.uint64(29)
