@@ -1,4 +1,4 @@
-"""Compiled layers compute what plain ones do, and the next start finds them compiled."""
+"""Compiled layers compute what plain ones do."""
 
 from pathlib import Path
 
@@ -7,16 +7,13 @@ from live_runs import Runs
 
 
 @pytest.mark.full
-def test_compiled_layers_give_the_plain_losses_and_are_kept(
+def test_compiled_layers_give_the_losses_of_plain_ones(
     reference: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Other roundings in bf16: 3e-4 was seen over the 20 steps."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    steps = {"global_batch_tokens": 512, "micro_batch_sequences": 2, "seed": 3}
-    reference.train("compiled", compile=True, train=steps | {"steps": 20})
-    plain = reference.metrics("reference")
-    for step, record in reference.metrics("compiled").items():
-        assert record["train/loss"] == pytest.approx(plain[step]["train/loss"], abs=2e-2), f"step {step}"
-    kernels = sorted(tmp_path.rglob("*.so"))
-    assert kernels, "nothing was compiled, so that nothing was compared"
-    reference.train("compiled", compile=True, train=steps | {"steps": 22})
-    assert reference.metrics("compiled")[22] and sorted(tmp_path.rglob("*.so")) == kernels
+    data = {"train": [{"path": "data/train"}], "sequence_length": 64}  # an evaluation would compile once more
+    reference.train("compiled", compile=True, data=data)
+    assert list(tmp_path.rglob("*.so")), "nothing was compiled, so that nothing was compared"
+    plain, compiled = reference.metrics("reference"), reference.metrics("compiled")
+    assert max(abs(compiled[step]["train/loss"] - plain[step]["train/loss"]) for step in plain) < 2e-3
