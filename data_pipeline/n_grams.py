@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with its bits spread evenly: 2**64 divided by the golden ratio
-UNSPACED_SHARE = 0.1  # of the characters; from here on a text does not put spaces between its words
+UNSPACED_SHARE = 0.05  # of the characters; from here on a text does not put spaces between its words
 CHARACTERS_A_WORD = 2  # of a script without spaces
 WORDS_KEPT = 2**20  # with their hashes
 

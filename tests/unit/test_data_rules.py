@@ -201,7 +201,8 @@ def test_scripts_without_spaces_pass_the_bounds_on_words() -> None:
     for text in ("天地玄黃。宇宙洪荒。" * 30, "これは日本語の文章です。" * 20, "ภาษาไทยไม่มีการเว้นวรรคระหว่างคำ" * 10):
         assert broken(text, **rules) == ""
         assert broken(text, length={"max_characters": 10}) == "length.max_characters"
-    assert broken("Ein Satz über 天.", **rules) == "gopher_quality.min_words"
+    assert broken("Ein ganzer Satz über das Zeichen 天.", **rules) == "gopher_quality.min_words"
+    assert broken("printf(1); " * 10 + "天地玄黃宇宙洪荒", **rules) == ""  # a page of code, described in Chinese
 
 
 # prepare
