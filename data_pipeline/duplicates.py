@@ -87,15 +87,17 @@ def _mark_near(plan: Plan) -> None:
     )
     for [parts] in zip(*_buckets([hash_paths]), strict=True):
         hashes = np.concatenate([part for _, part in parts])
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        linked = np.flatnonzero(hashes[1:] == hashes[:-1])
+        del hashes  # of a full bucket 128 MiB
         documents = np.concatenate(
             [
-                np.fromfile(path, "<u4", part.size, offset=4 * edge) + begin
+                np.fromfile(path, "<u4", part.size, offset=4 * edge) + (begin - first)
                 for path, begin, (edge, part) in zip(place_paths, begins, parts, strict=False)
             ]
         )
-        order = np.argsort(hashes, kind="stable")
-        linked = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-        documents = (documents - first) % max(1, above.size)
+        documents %= max(1, above.size)
         _join(above, documents[order[linked]], documents[order[linked + 1]])
     for begin, end, unit in zip(begins, begins[1:], plan.units, strict=False):
         documents = (np.arange(begin, end) - first) % max(1, above.size)
