@@ -1,10 +1,14 @@
 """Cross-entropy sums in fp32 and their normalisation by the global count of target tokens."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-CHUNK_ROWS = 1024
+from gpt.recipe import Recipe
+
+CHUNK_ROWS = 512
 """Tokens whose fp32 logits exist at one time."""
 
 
@@ -69,6 +73,89 @@ def smoothed_cross_entropy_sums(
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The plain one of `smoothed_cross_entropy_sums`, with its gradient."""
     return smoothed_cross_entropy_sums(logits, targets, mask, 0.0)[0]
+
+
+class _OutputLossSum(torch.autograd.Function):
+    """An output layer and the sum of its losses, a chunk of tokens at a time: neither logits nor their gradient are
+    ever whole. The gradients are made in the forward, while the chunk's exponentials are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # the sum over chunks, rounded once at its end
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), CHUNK_ROWS):
+            piece = slice(start, start + CHUNK_ROWS)
+            counted, aims = mask[piece, None], targets[piece, None]
+            chunk = (hidden[piece] @ weight.t()).float()
+            picked, largest = chunk.gather(1, aims), chunk.amax(1, keepdim=True)
+            sums = chunk.sub_(largest).exp_().sum(1, keepdim=True)
+            total += torch.where(counted, sums.log() + largest - picked, 0.0).sum()
+            chunk.div_(sums).scatter_add_(1, aims, torch.full_like(sums, -1.0))
+            if not counted.all():  # not a product: what is not finite in a row without weight must not spread
+                chunk.masked_fill_(~counted, 0.0)
+            gradient = chunk.to(hidden.dtype)
+            if of_hidden is not None:
+                of_hidden[piece] = gradient @ weight
+            if of_weight is not None:
+                of_weight += gradient.t() @ hidden[piece]
+        ctx.save_for_backward(of_hidden, of_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        of_hidden, of_weight = (None if g is None else (g * gradients[0]).to(ctx.dtype) for g in ctx.saved_tensors)
+        return of_hidden, of_weight, None, None
+
+
+class OutputLayer:
+    """A model's output layer, which gives the sum of the losses in place of logits where it is asked to."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._logits = layer, layer.forward
+        self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
+        layer.forward = self._forward
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._wanted is None:
+            return self._logits(hidden)
+        targets, mask = self._wanted
+        return _OutputLossSum.apply(hidden.flatten(0, 1), self._layer.weight, targets.flatten(), mask.flatten())
+
+    @contextlib.contextmanager
+    def gives_loss(self, targets: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
+        """Inside, what the model calls its logits is `cross_entropy_sum` of them."""
+        self._wanted = targets, mask
+        try:
+            yield
+        finally:
+            self._wanted = None
+
+
+@torch.no_grad()
+def output_layer(recipe: Recipe, model: Any, forward: Any, device: torch.device) -> OutputLayer | None:
+    """A model's output layer as an `OutputLayer`; None where the recipe or the model needs whole logits.
+
+    These must be what a matrix product alone gives, as one token shows: some models scale or bound them afterwards,
+    others add a bias. Under ZeRO-3 every rank must call this, and `forward` is the engine's.
+    """
+    layer = model.get_output_embeddings()
+    if recipe.fused_loss is False or recipe.train.label_smoothing:
+        return None
+    if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
+        return None
+    given: list[torch.Tensor] = []
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    model.eval()
+    handle = layer.register_forward_hook(lambda module, args, output: given.append(output.clone()))
+    logits = forward(input_ids=token, position_ids=token, use_cache=False).logits
+    handle.remove()
+    alike = len(given) == 1 and given[0].dtype == logits.dtype and torch.equal(given[0], logits)
+    return OutputLayer(layer) if alike else None
 
 
 def loss_for_backward(loss_sum: torch.Tensor, global_target_tokens: int, world_size: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpt.recipe import Optimizer
+from gpt.recipe import Optimizer, Recipe
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,16 @@ class Schedule:
         return [f"learning rate ({settings.schedule}, by optimizer step):"] + [
             f"  step {step:>9,}  {self.learning_rate(step):.3e}  {name}" for step, name in rows
         ]
+
+
+def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
+    """Optimizer steps of the run: tokens and epochs are rounded up to whole steps."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    if recipe.train.tokens is not None:
+        return -(-recipe.train.tokens // recipe.train.global_batch_tokens)
+    assert recipe.train.epochs is not None
+    return math.ceil(recipe.train.epochs * samples_per_epoch / recipe.global_batch_sequences - 1e-9)
 
 
 def parameter_groups(

@@ -314,6 +314,20 @@ class Logging(Section):
     """Print a line each so many steps."""
 
 
+class Profile(Section):
+    """Where the time of some steps goes."""
+
+    steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    """First and last step whose operations, of rank 0, are traced by torch's profiler, into a file in `tensorboard/`
+    that Perfetto and TensorBoard's profiler plugin open. Traced steps are slower; the first ones are never typical."""
+
+    @model_validator(mode="after")
+    def _steps_ascend(self) -> "Profile":
+        if self.steps[0] > self.steps[1]:
+            raise ValueError(f"profile.steps is {self.steps}: the first step comes before the last, as in [20, 22]")
+        return self
+
+
 class Faults(Section):
     """What happens when ranks hang, die or are cut off."""
 
@@ -357,6 +371,10 @@ class Recipe(Section):
     compile: Literal["auto", True, False] = "auto"
     """Compile the decoder layers with torch.compile. auto: on for CUDA devices, off on a CPU, where the first
     compilation takes longer than short runs gain."""
+    fused_loss: Literal["auto", False] = "auto"
+    """Compute the output layer and the loss together, 512 tokens at a time, so that a forward's logits never take
+    memory as a whole. auto: on where the logits are the output layer's product alone, as of most models, and without
+    train.label_smoothing; a line at the start says which."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written and which are kept."""
     divergence: Divergence = Divergence()
@@ -365,6 +383,8 @@ class Recipe(Section):
     """Validation while training."""
     logging: Logging = Logging()
     """What is printed."""
+    profile: Profile | None = None
+    """Trace some steps. null: none."""
     faults: Faults = Faults()
     """What happens when ranks hang, die or are cut off."""
 

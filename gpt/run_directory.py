@@ -27,8 +27,9 @@ from gpt.recipe import Recipe
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe, read_mapping
 
 FREE_FIELDS = (
-    "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile",
-    "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging", "faults",
+    "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile", "fused_loss",
+    "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging", "profile",
+    "faults",
 )  # fmt: skip
 ANNOUNCED_FIELDS = (
     "train.tokens", "train.steps", "train.epochs", "optimizer.learning_rate", "optimizer.schedule",
@@ -38,8 +39,8 @@ ANNOUNCED_FIELDS = (
 RECORDED_VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", "PYTHONUNBUFFERED", "MALLOC_MMAP_THRESHOLD_",
     "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "DS_ACCELERATOR",
-    "TORCH_EXTENSIONS_DIR", "TRAINYARD_CACHE", "TRAINYARD_HOST", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRAINYARD_CACHE", "TRAINYARD_HOST", "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS",
     "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_DISABLE", "NCCL_IB_GID_INDEX", "NCCL_NET",
     "NCCL_NET_PLUGIN", "NCCL_NET_GDR_LEVEL", "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_SHM_DISABLE", "NCCL_ALGO",
     "NCCL_PROTO", "NCCL_DEBUG", "NCCL_CROSS_NIC", "NCCL_NVLS_ENABLE", "NCCL_TOPO_FILE",

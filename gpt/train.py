@@ -23,8 +23,9 @@ from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.embedding_noise import embedding_noise
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
+from gpt.loss import output_layer
 from gpt.model import DTYPES, build_config, check_weights, elements_of, tied_names
-from gpt.optimizer import Schedule
+from gpt.optimizer import Schedule, total_steps
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
 from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_recipes, stored_recipe
@@ -96,6 +97,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     check_weights(recipe.model, config, recipe.precision)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
+    if recipe.profile is not None and recipe.profile.steps[1] > schedule.total_steps:
+        raise ValueError(f"profile.steps is {recipe.profile.steps}, but the run has {schedule.total_steps} steps")
     deepspeed = build_deepspeed_config(recipe, batch, config.get_text_config().hidden_size)
     plan = RunPlan(recipe, tokenizer, config, training, validation, batch, schedule, deepspeed, changes)
     plan.repeated_data()
@@ -135,16 +138,6 @@ def check(recipe: Recipe, world_size: int) -> RunPlan:
         if stream is not None:
             stream.check_files()
     return plan
-
-
-def total_steps(recipe: Recipe, samples_per_epoch: int) -> int:
-    """Optimizer steps of the run: tokens and epochs are rounded up to whole steps."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    if recipe.train.tokens is not None:
-        return -(-recipe.train.tokens // recipe.train.global_batch_tokens)
-    assert recipe.train.epochs is not None
-    return int(np.ceil(recipe.train.epochs * samples_per_epoch / recipe.global_batch_sequences - 1e-9))
 
 
 def main() -> NoReturn:
@@ -290,11 +283,13 @@ def _run_claimed(
     plan: RunPlan, ranks: Any, owner: Any, heartbeat: Heartbeat, stop_requested: Callable[[], bool]
 ) -> int | None:
     from gpt import distributed
+    from gpt.batch_source import BatchSource
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import count_parameters, describe_model
+    from gpt.model import count_parameters
     from gpt.optimizer import build_optimizer
     from gpt.resume import load_newest, resume, samples_left_out
-    from gpt.trainer import BatchSource, Trainer
+    from gpt.step_trace import step_trace
+    from gpt.trainer import Trainer
 
     recipe = plan.recipe
     if recipe.precision == "fp16" and not distributed.supports_fp16():
@@ -304,7 +299,6 @@ def _run_claimed(
     heartbeat.progress("building the model")
     keep_alive = distributed.zero_config(plan.deepspeed)
     model, layers, uncompiled = _build_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
-    _, matrix_parameters = count_parameters(model)
     heartbeat.progress("starting the engine")
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
@@ -313,11 +307,9 @@ def _run_claimed(
     manifest = resume(plan, engine, state, ranks, owner)
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
+    output = output_layer(recipe, model, engine, ranks.device)
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
-    metrics = None
-    if owner is not None:
-        metrics = _open_metrics(plan, owner, resumed)
-        print(f"model: {describe_model(model, recipe.precision)}, from step {resumed}")
+    metrics = _open_metrics(plan, owner, resumed, model, fused=output is not None)
     trainer = Trainer(
         recipe=recipe,
         run=recipe.run_directory(),
@@ -329,39 +321,40 @@ def _run_claimed(
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
-        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, uncompiled),
+        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, uncompiled, output),
         load=lambda: load_newest(plan, engine, state, ranks),
         stop_requested=stop_requested,
         uncompiled=uncompiled,
+        output_layer=output,
         embedding_noise=embedding_noise(model, recipe.train),
         flops_per_token=flops_per_token(
-            matrix_parameters, layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
+            count_parameters(model)[1], layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
         ),
         peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
         first_step=resumed + 1,
         restarts=len(owner.events("continue")) if owner is not None else 0,
         rollbacks=rollbacks,
         heartbeat=heartbeat,
+        trace=step_trace(recipe) if ranks.is_first else None,
     )
     _check_isolation(plan, trainer)
-    _fit(trainer)
-    return trainer.stopped_at
+    return _fit(trainer)
 
 
 def _build_saver(
-    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, uncompiled: Any
+    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, plain: Any, fused: Any
 ) -> Any:
     from gpt.model import draws_random_numbers
     from gpt.saver import Saver
 
     sync = metrics.sync if metrics is not None else lambda: None
     random = draws_random_numbers(model) or plan.recipe.train.neftune_noise_alpha is not None
-    same_as_evaluation = uncompiled is nullcontext and not random
+    same_as_evaluation = plain is nullcontext and fused is None and not random
     return Saver(plan, state, ranks, owner, generation, tied_names(model), sync, same_as_evaluation)
 
 
-def _fit(trainer: Any) -> None:
-    """Train to the end, and write what is left to write of it."""
+def _fit(trainer: Any) -> int | None:
+    """Train to the end, and write what is left to write of it; the step after which a requested stop ended it."""
     if trainer.owner is not None and trainer.first_step > trainer.schedule.total_steps:
         print(f"nothing is left to do: the run ended at step {trainer.first_step - 1}")
     trainer.fit()
@@ -370,6 +363,8 @@ def _fit(trainer: Any) -> None:
         if trainer.stopped_at is None:
             why = {"reason": trainer.ended_early} if trainer.ended_early is not None else {}
             trainer.owner.write_event("end", step=trainer.last_step, **why)
+    stopped_at: int | None = trainer.stopped_at
+    return stopped_at
 
 
 def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrainedModel", int, Callable[[], Any]]:
@@ -409,10 +404,15 @@ def _check_isolation(plan: RunPlan, trainer: Any) -> None:
         print(line, flush=True)
 
 
-def _open_metrics(plan: RunPlan, owner: Any, resumed: int) -> Any:
-    """Rank 0's metrics; a run that begins writes its recipe and environment into TensorBoard first."""
+def _open_metrics(plan: RunPlan, owner: Any, resumed: int, model: Any, *, fused: bool) -> Any:
+    """Rank 0's metrics; its console says what is trained, TensorBoard gets recipe and environment as the run begins."""
     from gpt.metrics import MetricsWriter
+    from gpt.model import describe_model
 
+    if owner is None:
+        return None
+    loss = "the output layer gives the loss" if fused else "the loss is made of whole logits"
+    print(f"model: {describe_model(model, plan.recipe.precision)}, {loss}, from step {resumed}")
     metrics = MetricsWriter(owner, resumed, plan.schedule.total_steps, plan.recipe.logging.console_every_steps)
     if resumed == 0:
         metrics.write_text("recipe", yaml.safe_dump(plan.recipe.model_dump(), sort_keys=False), 0)

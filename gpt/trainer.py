@@ -6,91 +6,31 @@ the run that was never stopped.
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from gpt import distributed
-from gpt.batch import BatchPlan, BatchPositions, MicroBatch, Rows, micro_batches
+from gpt.batch import BatchPlan, MicroBatch
+from gpt.batch_source import BatchSource
 from gpt.checkpoint.format import Manifest
 from gpt.distributed import Ranks
 from gpt.divergence import Fault, LossWatch, Origin, RandomState, first_non_finite, random_state, set_random_state
 from gpt.early_stopping import Patience, cost, evaluations
 from gpt.heartbeat import STRAGGLER_STEPS, Heartbeat, Stragglers, busy_seconds, read_beat
-from gpt.loss import loss_for_backward, smoothed_cross_entropy_sums
+from gpt.loss import OutputLayer, loss_for_backward, smoothed_cross_entropy_sums
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib, recent_losses
 from gpt.optimizer import Schedule
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory
 from gpt.saver import Saver
+from gpt.step_trace import StepTrace
 from gpt.validation_gap import ValidationGap
-
-
-class SampleStream(Protocol):
-    """Training data: sample positions in, rows out; its order is a pure function of seed and position."""
-
-    def sample_ids(self, start: int, count: int) -> np.ndarray: ...
-    def rows(self, positions: range) -> Rows: ...
-
-
-class BatchSource:
-    """The global batches of a run as this rank sees them; `workers` threads make the next ones ready, one each."""
-
-    def __init__(
-        self,
-        stream: SampleStream,
-        batch: BatchPlan,
-        ranks: Ranks,
-        workers: int = 1,
-        skipped: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        self._stream, self._batch, self._ranks, self._workers = stream, batch, ranks, workers
-        self.positions = BatchPositions(batch.global_batch_sequences, tuple(skipped))
-        self._threads = ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="batches")
-        self._ready: dict[int, Future[list[MicroBatch]]] = {}
-
-    def take(self, step: int) -> list[MicroBatch]:
-        """This rank's forwards of optimizer step `step` (the first is 1). The next steps' are begun."""
-        future = self._ready.pop(step, None)
-        result = future.result() if future is not None else self._make(step)
-        ahead = range(step + 1, step + 1 + self._workers)
-        self._ready = {s: self._ready.get(s) or self._threads.submit(self._make, s) for s in ahead}
-        return result
-
-    def first_position(self, step: int) -> int:
-        """Position of this rank's first sample of a step in the data order."""
-        return self.positions.first(step) + self._batch.rank_range(self._ranks.rank)[0]
-
-    def first_row(self, step: int) -> MicroBatch:
-        """The first sequence of a step's global batch, the same on every rank."""
-        position = self.positions.first(step)
-        return micro_batches(self._stream.rows(range(position, position + 1)), 1, 1, self._ranks.device)[0]
-
-    def digest(self, step: int) -> str:
-        """xxh3 of the sample ids of a step's global batch."""
-        ids = self._stream.sample_ids(self.positions.first(step), self._batch.global_batch_sequences)
-        return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, "<u8").tobytes())
-
-    def leave_out(self, samples: tuple[int, int]) -> None:
-        """From now on pass over the samples of these positions (first, end); what was read ahead is dropped."""
-        self.positions = replace(self.positions, skipped=(*self.positions.skipped, samples))
-        self._ready = {}
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
-
-    def _make(self, step: int) -> list[MicroBatch]:
-        (first, end), start = self._batch.rank_range(self._ranks.rank), self.first_position(step)
-        rows, plan = self._stream.rows(range(start, start + end - first)), self._batch
-        return micro_batches(rows, plan.accumulation_steps, plan.rows_per_forward, self._ranks.device)
 
 
 @dataclass(frozen=True)
@@ -126,6 +66,8 @@ class Trainer:
     saver: Saver
     stop_requested: Callable[[], bool]
     uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
+    output_layer: OutputLayer | None = None
+    """Where it gives the loss; logits are then never whole, and the saver's probe needs a forward of its own."""
     embedding_noise: Callable[[int], AbstractContextManager[Any]] = nullcontext
     """Around a training forward, given the position of its first sample."""
     flops_per_token: float = 0.0
@@ -136,6 +78,7 @@ class Trainer:
     restarts: int = 0
     rollbacks: int = 0
     heartbeat: Heartbeat | None = None
+    trace: StepTrace | None = None
 
     def __post_init__(self) -> None:
         self._stragglers = Stragglers()
@@ -166,14 +109,20 @@ class Trainer:
             while step < self._stop_at:
                 step += 1
                 self._phase("waiting for data", step)
+                if self.trace is not None:
+                    self.trace.before(step)
                 batch = self.take(step)
                 if batch.stop:
                     self._stop(step - 1)
                     break
                 step = self._do_step(step, batch)
+                if self.trace is not None:
+                    self.trace.after(step)
         except (ValueError, OSError):
             self.saver.leave()
             raise
+        if self.trace is not None:
+            self.trace.end()
         self.batches.close()
 
     def _do_step(self, step: int, batch: "StepBatch") -> int:
@@ -270,24 +219,33 @@ class Trainer:
             self._explain_skip(step, batch, loss, random)
         return self._record(step, loss, target_tokens, learning_rate, time.perf_counter() - started, everyone)
 
-    def _accumulate(self, batch: StepBatch) -> torch.Tensor:
+    def _accumulate(self, batch: StepBatch, *, whole_logits: bool = False) -> torch.Tensor:
         """The forwards and backwards of one step, whose gradient then waits for the update; this rank's loss sum, which
         label smoothing does not change."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         self.engine.train()
-        label_smoothing, position = self.recipe.train.label_smoothing, batch.first_position
+        position = batch.first_position
         for number, forward in enumerate(batch.forwards):
             if number:
                 self.engine.step()  # no update yet: by these calls DeepSpeed counts its micro-batches
             with self.embedding_noise(position + number * self.batch.rows_per_forward):
-                logits = self.forward(forward.input_ids, forward.position_ids)
-            self.saver.give_probe(logits, forward)
-            minimised, part = smoothed_cross_entropy_sums(logits, forward.targets, forward.mask, label_smoothing)
+                minimised, part = self._loss_sums(forward, None if whole_logits else self.output_layer)
             loss = loss_for_backward(minimised, batch.target_tokens, self.ranks.world_size)
             self.engine.backward(loss, scale_wrt_gas=False)
             loss_sum += part
         self.saver.wait_copied()
         return loss_sum
+
+    def _loss_sums(self, batch: MicroBatch, output: OutputLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is minimised, and the plain loss without a gradient: sums over the counted targets of one forward."""
+        if output is None:
+            logits = self.forward(batch.input_ids, batch.position_ids)
+            self.saver.give_probe(logits, batch)
+            smoothing = self.recipe.train.label_smoothing
+            return smoothed_cross_entropy_sums(logits, batch.targets, batch.mask, smoothing)
+        with output.gives_loss(batch.targets, batch.mask):
+            loss = self.forward(batch.input_ids, batch.position_ids)
+        return loss, loss.detach()
 
     def _explain_skip(self, step: int, batch: "StepBatch", loss: float, random: RandomState) -> None:
         """Say why a step was skipped: in an event and a line.
@@ -310,12 +268,12 @@ class Trainer:
             print(f"step {step} is skipped: {reason}", flush=True)
 
     def _find_origin(self, batch: "StepBatch", random: RandomState) -> Origin | None:
-        """Run a step's micro-batches once more, from the same random state, uncompiled and without effect: where, on
-        any rank, a value was first not finite."""
+        """Run a step's micro-batches once more, from the same random state, uncompiled, with whole logits and
+        without effect: where, on any rank, a value was first not finite."""
         now, skipped_steps = random_state(self.ranks.device), self.engine.skipped_steps
         set_random_state(random, self.ranks.device)
         with self.uncompiled(), first_non_finite(self.engine.module, self.ranks.rank) as found:
-            self._accumulate(batch)
+            self._accumulate(batch, whole_logits=True)
         distributed.discard_gradients(self.engine)
         self.engine.skipped_steps = skipped_steps
         set_random_state(now, self.ranks.device)

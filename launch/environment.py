@@ -75,13 +75,17 @@ def own_settings(processes: int) -> list[str]:
 
 def _wanted(processes: int) -> dict[str, str]:
     has_cuda = cuda_devices() > 0
+    extensions = extensions_directory(has_cuda)
     settings = {
         # one thread per physical core over all workers; torch takes every core for each worker by itself
         "OMP_NUM_THREADS": str(max(1, usable_cores() // processes)),
         # forks of a process that has used the tokenizer's own threads would deadlock or warn
         "TOKENIZERS_PARALLELISM": "false",
         # a host's and a version's own folder: a build for another CPU or torch is never loaded; see own_extensions
-        "TORCH_EXTENSIONS_DIR": str(extensions_directory(has_cuda)),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        # compiled layers, for the next start: torch's own choice is in /tmp. It names files by their content, renames
+        # whole ones into place, and its locks end with the process that holds them
+        "TORCHINDUCTOR_CACHE_DIR": str(extensions.with_name(f"{extensions.name}-inductor")),
         # lines reach logs and terminal when they are written, not when a buffer is full
         "PYTHONUNBUFFERED": "1",
     }

@@ -18,13 +18,14 @@ from transformers import AutoConfig
 
 from gpt import distributed
 from gpt.batch import plan_batch
+from gpt.batch_source import BatchSource
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.model import build_model, decoder_layers
 from gpt.optimizer import Schedule, build_optimizer
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe
 from gpt.run_directory import RunDirectory
 from gpt.saver import Saver
-from gpt.trainer import BatchSource, Trainer
+from gpt.trainer import Trainer
 
 sys.path.append(str(PROJECT_ROOT / "tests" / "numerics"))
 from engine_worker import MODEL, RECIPE, SEQUENCES, RaggedStream

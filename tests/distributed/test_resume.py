@@ -1,5 +1,6 @@
 """A run that is killed with SIGKILL and started again equals the run that was never stopped, bit for bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def test_killed_run_equals_uninterrupted_run(reference: Runs) -> None:
     assert kinds.count("resume") == 1 and kinds[-1] == "end"
     # moments really moved: a resume that reset them would differ above only if they matter
     assert all_tensors(reference.directory("killed"))["exp_avg_sq/model.norm.weight"].abs().sum() > 0
+
+
+def test_asked_steps_are_traced_on_rank_0(reference: Runs) -> None:
+    [file] = (reference.directory("reference") / "tensorboard").glob("*.pt.trace.json")
+    names = [event.get("name") for event in json.loads(file.read_text(encoding="utf-8"))["traceEvents"]]
+    assert file.name.startswith("rank0.") and names.count("_OutputLossSum") == 2 * 2  # steps, of 2 forwards each
+    assert "aten::_fused_adamw_" in names
 
 
 @pytest.mark.full

@@ -1,7 +1,8 @@
 """One rank of the real engine and Trainer on made-up ragged data; rank 0 saves what a test compares.
 
 Run by torchrun: `engine_worker.py OUT.pt MICRO_BATCH_SEQUENCES ZERO_STAGE [regularized]`. Rows are those of
-`ragged_rows`, 8 sequences a step.
+`ragged_rows`, 8 sequences a step. On 1 rank, and regularized, the loss is that of whole logits; else the output layer
+gives it.
 """
 
 import os
@@ -17,13 +18,15 @@ from transformers import AutoConfig
 
 from gpt import distributed
 from gpt.batch import plan_batch
+from gpt.batch_source import BatchSource
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.embedding_noise import embedding_noise
+from gpt.loss import output_layer
 from gpt.model import build_model, decoder_layers
 from gpt.optimizer import Schedule, build_optimizer
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe
 from gpt.saver import Saver
-from gpt.trainer import BatchSource, Trainer
+from gpt.trainer import Trainer
 
 SEQUENCES, TOKENS, VOCABULARY, STEPS = 8, 16, 97, 3
 MODEL = {
@@ -97,6 +100,7 @@ def main(out: Path, micro_batch_sequences: int, zero_stage: int, regularized: bo
         plain_step()
 
     engine.step = step_and_look
+    fused = ranks.world_size > 1
     plan: Any = SimpleNamespace(recipe=recipe)  # nothing is saved: it is only asked for the settings
     trainer = Trainer(
         recipe=recipe,
@@ -112,7 +116,9 @@ def main(out: Path, micro_batch_sequences: int, zero_stage: int, regularized: bo
         saver=Saver(plan, distributed.ShardedState(engine, ranks), ranks, None, 0, {}, lambda: None, True),
         stop_requested=lambda: False,
         embedding_noise=embedding_noise(model, recipe.train),
+        output_layer=output_layer(recipe, model, engine, ranks.device) if fused else None,
     )
+    assert (trainer.output_layer is not None) == (fused and not recipe.train.label_smoothing)
     for step in range(1, STEPS + 1):
         record = trainer.train_step(step, trainer.take(step))
         result["loss"].append(record.get("train/loss"))

@@ -18,6 +18,7 @@ from launch.environment import clear_stale_build_locks, own_extensions, worker_e
 VARIABLES = (
     "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR", "TRAINYARD_CACHE",
     "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "PYTHONUNBUFFERED",
+    "TORCHINDUCTOR_CACHE_DIR",
 )  # fmt: skip
 
 
@@ -65,6 +66,16 @@ def test_the_users_own_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = describe_environment(world_size=1)["variables"]
     assert (shown["set_outside"]["OMP_NUM_THREADS"], shown["set_outside"]["MALLOC_TOP_PAD_"]) == ("3", "1")
     assert list(shown["chosen_by_trainyard"]) == ["MALLOC_TRIM_THRESHOLD_"]
+
+
+def test_compiled_layers_outlive_a_start_beside_the_extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_CACHE", str(tmp_path))
+    settings = worker_environment(1)
+    extensions, layers = (Path(settings[name]) for name in ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR"))
+    # not inside: their locks and files are not those of extensions, which a Slurm job copies
+    assert layers.parent == extensions.parent and layers.is_relative_to(tmp_path) and layers != extensions
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in worker_environment(1)
 
 
 def test_hosts_of_a_run_use_the_interface_of_their_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from data_samples import write_shards
 
 from data_pipeline.stream import TrainingStream
 from gpt.batch import plan_batch
+from gpt.batch_source import BatchSource
 from gpt.distributed import Ranks
-from gpt.trainer import BatchSource
 
 LENGTH = 8
 SHAPES = [(1, 8), (2, 4), (8, 1), (3, 3)]  # ranks x rows of a forward

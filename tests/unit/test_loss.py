@@ -1,16 +1,21 @@
 """Loss sums and their gradients against torch's own cross-entropy in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from recipe_samples import make_recipe
+from small_checkpoint import make_model
 from transformers.trainer_pt_utils import LabelSmoother
 
 from gpt.loss import (
     CHUNK_ROWS,
+    OutputLayer,
     count_correct,
     cross_entropy_sum,
     loss_for_backward,
+    output_layer,
     smoothed_cross_entropy_sums,
 )
 
@@ -127,6 +132,95 @@ def test_large_logits_do_not_overflow() -> None:
     assert float(loss) == pytest.approx(3e4)
     assert logits.grad is not None
     assert logits.grad.tolist() == [[[0.0, 0.0], [-1.0, 1.0]]]
+
+
+def fused(hidden: torch.Tensor, layer: torch.nn.Linear, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with OutputLayer(layer).gives_loss(targets, mask):
+        return layer(hidden)
+
+
+def make_output(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    """Hidden states, an output layer of logits about as large as those of `make`, targets and mask."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(*shape, 16, generator=generator).to(dtype).requires_grad_()
+    layer = torch.nn.Linear(16, VOCABULARY, bias=False)
+    layer.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 16, generator=generator).to(dtype))
+    return hidden, layer, *make(shape, dtype)[1:]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_output_layer_gives_the_loss_and_gradients_of_its_whole_logits(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    hidden, layer, targets, mask = make_output(shape, dtype)
+    cross_entropy_sum(layer(hidden), targets, mask).mul(3.0).backward()
+    whole = cross_entropy_sum(layer(hidden), targets, mask)
+    expected = [hidden.grad, layer.weight.grad]
+    hidden.grad = layer.weight.grad = None
+    loss = fused(hidden, layer, targets, mask)
+    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    (3.0 * loss).backward()
+    for found, plain in zip([hidden.grad, layer.weight.grad], expected, strict=True):
+        assert found is not None and plain is not None and found.dtype == dtype
+        # each is rounded where it is made and, here, where it is scaled: relative to the largest element
+        difference = (found.double() - plain.double()).abs().max()
+        assert difference <= max(2 * ROUNDING[dtype], FP32_ERROR) * plain.double().abs().max()
+    assert layer(hidden).shape == (*shape, VOCABULARY), "outside it gives logits again"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_output_layer_keeps_what_is_not_finite_in_its_row(value: float) -> None:
+    hidden, layer, targets, mask = make_output((3, 6), torch.float32)
+    cross_entropy_sum(layer(hidden), targets, mask).backward()
+    clean = layer.weight.grad
+    assert clean is not None
+    layer.weight.grad = None
+    with torch.no_grad():
+        hidden[~mask] = value
+    loss = fused(hidden, layer, targets, mask)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert hidden.grad is not None and bool((hidden.grad[~mask] == 0).all())
+    row, column = mask.nonzero()[0].tolist()
+    with torch.no_grad():
+        hidden[row, column] = value
+    assert not torch.isfinite(fused(hidden, layer, targets, mask))
+
+
+def test_a_frozen_output_layer_gets_no_gradient() -> None:
+    hidden, layer, targets, mask = make_output((2, 7), torch.bfloat16)
+    layer.weight.requires_grad_(False)
+    fused(hidden, layer, targets, mask).backward()
+    assert layer.weight.grad is None and hidden.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "can"),
+    [
+        ("llama", {}, True),
+        ("gpt2", {"tie_word_embeddings": True}, True),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 1.0}, False),  # bounded afterwards
+        ("cohere", {"logit_scale": 0.5}, False),  # scaled afterwards
+        ("phi", {}, False),  # with a bias
+    ],
+)
+def test_only_where_logits_are_the_layers_product_it_gives_the_loss(
+    model_type: str, fields: dict[str, Any], can: bool
+) -> None:
+    model = make_model(model_type, **fields)
+    found = output_layer(make_recipe(), model, model, torch.device("cpu"))
+    assert (found is not None) == can
+    assert model(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.shape[:2] == (1, 3)
+
+
+@pytest.mark.parametrize("changes", [{"fused_loss": False}, {"train.label_smoothing": 0.1}])
+def test_the_recipe_can_need_whole_logits(changes: dict[str, Any]) -> None:
+    model = make_model()
+    assert output_layer(make_recipe(changes), model, model, torch.device("cpu")) is None
 
 
 def test_scaled_rank_sums_give_the_gradient_of_one_mean_over_the_global_batch() -> None:

@@ -24,6 +24,15 @@ def refusal(changes: dict[str, Any] | None = None, without: tuple[str, ...] = ()
     return str(caught.value)
 
 
+def test_steps_to_be_traced_ascend() -> None:
+    steps = make_recipe({"profile": {"steps": [20, 22]}}).profile
+    assert steps is not None and steps.steps == [20, 22]
+    assert "profile.steps is [22, 20]: the first step comes before the last" in refusal(
+        {"profile": {"steps": [22, 20]}}
+    )
+    assert "profile.steps" in refusal({"profile": {"steps": [22]}})
+
+
 # Numbers
 
 

@@ -12,10 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt.batch import plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
-from gpt.optimizer import Schedule
+from gpt.optimizer import Schedule, total_steps
 from gpt.recipe import Recipe
 from gpt.recipe_file import PROJECT_ROOT, load_recipe
-from gpt.train import total_steps
 
 RECIPES = PROJECT_ROOT / "launch" / "recipes"
 DEEPSPEED_FILES = PROJECT_ROOT / "ds_configs"

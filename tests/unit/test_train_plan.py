@@ -20,7 +20,9 @@ from transformers import AutoTokenizer
 
 from gpt import distributed, preflight, train
 from gpt.evaluate import end_token_ids
+from gpt.loss import OutputLayer
 from gpt.model import tied_names
+from gpt.optimizer import total_steps
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory, tokenizer_checksums
 from gpt.train import (
@@ -30,7 +32,6 @@ from gpt.train import (
     check,
     plan_run,
     sample_prompt,
-    total_steps,
 )
 
 
@@ -152,6 +153,12 @@ def test_repeated_data_is_printed_and_refused_beyond_its_max_epochs(
     changes["data.train"] = [source | {"max_epochs": 5}]
     with pytest.raises(ValueError, match="but its max_epochs is 5"):
         plan_run(recipe_for(prepared_data.text, tmp_path, changes, without=("train.steps",)), 1)
+
+
+def test_steps_to_be_traced_are_steps_of_the_run(prepared_data: PreparedData, tmp_path: Path) -> None:
+    plan_run(recipe_for(prepared_data.text, tmp_path, {"profile": {"steps": [2, 10]}}), 1)
+    with pytest.raises(ValueError, match=r"profile.steps is \[2, 11\], but the run has 10 steps"):
+        plan_run(recipe_for(prepared_data.text, tmp_path, {"profile": {"steps": [2, 11]}}), 1)
 
 
 def test_stages_and_packing_reach_the_stream(prepared_data: PreparedData, tmp_path: Path) -> None:
@@ -389,7 +396,10 @@ def test_a_training_forward_with_noise_is_no_probe(
 
     monkeypatch.setattr("gpt.saver.Saver", lambda *arguments: arguments[-1])
     plan: Any = SimpleNamespace(recipe=make_recipe(changes))
-    assert _build_saver(plan, None, None, None, 1, make_model(), None, nullcontext) == expected
+    model = make_model()
+    assert _build_saver(plan, None, None, None, 1, model, None, nullcontext, None) == expected
+    fused = OutputLayer(model.get_output_embeddings())
+    assert _build_saver(plan, None, None, None, 1, model, None, nullcontext, fused) is False, "it has no logits"
 
 
 def test_without_validation_data_there_is_no_evaluation(prepared_data: PreparedData, tmp_path: Path) -> None:
