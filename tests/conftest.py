@@ -13,6 +13,12 @@ os.environ.pop("TRAINYARD_RUNS", None)
 os.environ.pop("TRAINYARD_DEBUG", None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """torch leaves this in the environment once anything was compiled; to a later test it looks like a user's."""
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
