@@ -35,12 +35,16 @@ def plant(kind: str, samples: set[int]) -> None:
             hit[0] = module.training and any(row.numpy().tobytes() in marked for row in kwargs["input_ids"])
 
         def spoil(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-            if not hit[0]:
-                return None
-            return output * float("nan") if kind == "nan" else 30 - output * 3
+            return output * float("nan") if hit[0] else None
+
+        def turn(module: torch.nn.Module, args: Any) -> Any:
+            return (args[0] * -3,) if hit[0] else None
 
         model.register_forward_pre_hook(look, with_kwargs=True)
-        model.get_submodule(MODULE if kind == "nan" else "lm_head").register_forward_hook(spoil)
+        if kind == "nan":
+            model.get_submodule(MODULE).register_forward_hook(spoil)
+        else:
+            model.get_submodule("lm_head").register_forward_pre_hook(turn)
         return model
 
     TrainingStream.rows = rows  # type: ignore[method-assign]
