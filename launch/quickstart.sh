@@ -36,9 +36,9 @@ say "Evaluate the pretrained model on the two kept plays"
 say "Export the chat model to a Hugging Face folder, reloaded and compared"
 "$trainyard" export runs/quickstart-chat --out exports/quickstart-chat
 
-say "Ask it"
-"$trainyard" generate exports/quickstart-chat --prompt "What is AI?" --prompt "Are you sentient?" \
-  --prompt "Who are you?"
+say "Ask it what the corpus has one answer to (where it has several, the likeliest words mix them)"
+"$trainyard" generate exports/quickstart-chat --prompt "What is AI?" --prompt "Why can't you eat food" \
+  --prompt "Who is your mother"
 
 cat <<END
 
