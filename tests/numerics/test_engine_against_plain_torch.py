@@ -101,6 +101,7 @@ def test_gradient_equals_one_big_batch(engine_results: Any, split: tuple[int, in
         assert difference <= 1e-5 * parameter.grad.abs().max(), name
 
 
+@pytest.mark.full
 def test_label_smoothing_and_embedding_noise_equal_one_big_batch_with_those_of_torch_and_transformers(
     engine_results: Any,
 ) -> None:
