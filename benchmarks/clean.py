@@ -1,4 +1,4 @@
-"""Time the cleaning rules on one core, next to datatrove's filters and MinHash, on 300 MB of Debian documentation.
+"""Time the cleaning rules on one core, next to datatrove's filters and MinHash, on 320 MB of Debian documentation.
 
     python benchmarks/clean.py [--core 1] [--rounds 2] [--part-megabytes 4] [--out benchmarks/results/clean.json]
 
@@ -44,7 +44,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
-from data_pipeline.duplicates import _mark_near
+from data_pipeline.duplicates import mark_near
 from data_pipeline.n_grams import BANDS
 from data_pipeline.unit_documents import RECORDS, judged_path
 _, documents, output = sys.argv[1:]
@@ -60,7 +60,7 @@ for unit in units:
     hashes.tofile(judged_path(plan, unit.number, "near.hashes"))
     np.tile(np.arange(count, dtype="<u4"), BANDS).tofile(judged_path(plan, unit.number, "near.places"))
     judged_path(plan, unit.number, "verdicts").write_bytes(bytes(count))
-_mark_near(plan)
+mark_near(plan)
 """
 # Exact versions: datatrove needs an xxhash before 4, and for English words spaCy.
 DATATROVE = (

@@ -1,4 +1,4 @@
-"""Build the benchmarks' text: some 450 MB of documentation from Debian packages, as JSONL with one field, ``text``.
+"""Build the benchmarks' text: some 320 MB of documentation from Debian packages, as JSONL with one field, ``text``.
 
     python benchmarks/corpus.py [FOLDER]
 

@@ -1,4 +1,4 @@
-"""Time `trainyard prepare` on one core: JSONL to token shards, next to datatrove, on 230 MB of Debian documentation.
+"""Time `trainyard prepare` on one core: JSONL to token shards, next to datatrove, on 320 MB of Debian documentation.
 
     python benchmarks/prepare.py [--core 1] [--rounds 2] [--part-megabytes 60] [--out benchmarks/results/prepare.json]
 

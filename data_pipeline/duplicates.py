@@ -44,7 +44,7 @@ def mark_duplicates(plan: Plan) -> None:
     assert plan.rules is not None
     _mark_exact(plan)
     if plan.rules.duplicates == "near":
-        _mark_near(plan)
+        mark_near(plan)
     left = {int(verdict) for unit in plan.units for verdict in _training_verdicts(plan, unit.number)}
     if plan.validation_threshold is None and left and left <= {REPEATED, NEAR}:
         raise ValueError(
@@ -72,7 +72,7 @@ def _mark_exact(plan: Plan) -> None:
                 verdicts[places[begin + marked]] = REPEATED
 
 
-def _mark_near(plan: Plan) -> None:
+def mark_near(plan: Plan) -> None:
     """Of each cluster, which is what equal bands link, the first document stays.
 
     Clusters are trees in an array, which names for each document one before it, or itself.

@@ -116,9 +116,7 @@ def export_model(
         check_convertible(model.config, source.tokenizer)
     tensors = plan_tensors(source.weights, model, TORCH_DTYPES[precision])
     expected = expected_of(source, precision)
-    expected["memory_bytes"] = _check_room(
-        out, model, tensors, source.weights.memory_bytes, gate_memory(model, expected), gguf, say
-    )
+    expected["memory_bytes"] = _check_room(out, source, model, tensors, gate_memory(model, expected), gguf, say)
     with _unfinished(out) as folder:
         files = write_weights(folder, tensors, shard_bytes, progress)
         _write_configuration(folder, model, source.tokenizer, precision)
@@ -208,21 +206,21 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 
 def _check_room(
     out: Path,
+    source: ExportSource,
     model: PreTrainedModel,
     tensors: list[TensorToWrite],
-    reading_bytes: int,
     memory: GateMemory,
     gguf: bool,
     say: Say,
 ) -> int | None:
-    """Print what the export needs of disk and memory (`reading_bytes` by its source), then compare with what there is.
+    """Print what the export needs of disk and memory, then compare it with what there is.
 
     Returns what the gate may hold of the weights, None for all. Raises ValueError where there is too little.
     """
     names = {tensor.name for tensor in tensors}
     joined = [p.numel() for name, p in model.named_parameters() if name not in names]
     converted = max([2 * CHUNK_ELEMENTS, *(2 * elements for elements in joined)]) * 4
-    writing = converted + reading_bytes + 2 * BLOCK_BYTES
+    writing = converted + source.weights.memory_bytes + 2 * BLOCK_BYTES
     place = next(parent for parent in out.absolute().parents if parent.exists())
     weights = sum(tensor.size_bytes for tensor in tensors)
     free, needed = shutil.disk_usage(place).free, weights * (2 if gguf else 1) + OTHER_FILES_BYTES

@@ -118,22 +118,30 @@ class OutputLayer:
     def __init__(self, layer: Any) -> None:
         self._layer, self._logits = layer, layer.forward
         self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._first_row: list[torch.Tensor] | None = None
         layer.forward = self._forward
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._wanted is None:
             return self._logits(hidden)
+        if self._first_row is not None:
+            with torch.no_grad():
+                self._first_row.append(self._logits(hidden[:1]))
         targets, mask = self._wanted
         return _OutputLossSum.apply(hidden.flatten(0, 1), self._layer.weight, targets.flatten(), mask.flatten())
 
     @contextlib.contextmanager
-    def gives_loss(self, targets: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
-        """Inside, what the model calls its logits is `cross_entropy_sum` of them."""
-        self._wanted = targets, mask
+    def gives_loss(
+        self, targets: torch.Tensor, mask: torch.Tensor, *, first_row: bool = False
+    ) -> Iterator[list[torch.Tensor]]:
+        """Inside, what the model calls its logits is `cross_entropy_sum` of them. With `first_row` the first row's
+        logits [1, tokens, vocabulary] are then in the list."""
+        rows: list[torch.Tensor] = []
+        self._wanted, self._first_row = (targets, mask), rows if first_row else None
         try:
-            yield
+            yield rows
         finally:
-            self._wanted = None
+            self._wanted = self._first_row = None
 
 
 @torch.no_grad()

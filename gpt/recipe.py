@@ -318,8 +318,9 @@ class Profile(Section):
     """Where the time of some steps goes."""
 
     steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-    """First and last step whose operations, of rank 0, are traced by torch's profiler, into a file in `tensorboard/`
-    that Perfetto and TensorBoard's profiler plugin open. Traced steps are slower; the first ones are never typical."""
+    """First and last step whose operations, of rank 0, are traced by torch's profiler, into a Chrome trace in
+    `tensorboard/`, the format of Perfetto and TensorBoard's profiler plugin. Traced steps are slower; the first are
+    never typical."""
 
     @model_validator(mode="after")
     def _steps_ascend(self) -> "Profile":
@@ -373,8 +374,9 @@ class Recipe(Section):
     compilation takes longer than short runs gain."""
     fused_loss: Literal["auto", False] = "auto"
     """Compute the output layer and the loss together, 512 tokens at a time, so that a forward's logits never take
-    memory as a whole. auto: on where the logits are the output layer's product alone, as of most models, and without
-    train.label_smoothing; a line at the start says which."""
+    memory as a whole; the gradient of the output layer's weights is meanwhile held in fp32. auto: on where the logits
+    are the output layer's product alone, as of most models, and without train.label_smoothing; a line at the start says
+    which."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written and which are kept."""
     divergence: Divergence = Divergence()

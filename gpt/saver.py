@@ -95,8 +95,7 @@ class Saver:
 
     `owner` is rank 0's hold on the run directory, None elsewhere; `sync` brings the metrics to disk, which a commit
     must not be ahead of. With `probe_from_training` the next step's first forward gives the probe for nothing: it runs
-    on exactly the saved weights. It must then compute what an evaluation would: no dropout, no compiled layers, whole
-    logits.
+    on exactly the saved weights. It must then compute what an evaluation would: no dropout, layers not compiled.
     """
 
     def __init__(
@@ -206,7 +205,8 @@ class Saver:
             self._thread.start()
 
     def give_probe(self, logits: torch.Tensor, batch: MicroBatch) -> None:
-        """A forward of this rank on the saved weights with logits [rows, tokens, vocabulary]; rank 0 records its."""
+        """A forward of this rank on the saved weights, its logits [rows, tokens, vocabulary] or those of its first row
+        alone; rank 0 records its."""
         save = self._save
         if save is None or save.has_probe:
             return

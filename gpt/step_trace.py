@@ -1,4 +1,4 @@
-"""A trace of some steps of rank 0, by torch's profiler, for Perfetto and TensorBoard's profiler plugin."""
+"""A trace of some steps of rank 0, by torch's profiler, in the format of Chrome's and Perfetto's traces."""
 
 from pathlib import Path
 

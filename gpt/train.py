@@ -321,7 +321,7 @@ def _run_claimed(
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
-        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, uncompiled, output),
+        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, uncompiled),
         load=lambda: load_newest(plan, engine, state, ranks),
         stop_requested=stop_requested,
         uncompiled=uncompiled,
@@ -342,14 +342,14 @@ def _run_claimed(
 
 
 def _build_saver(
-    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, plain: Any, fused: Any
+    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, uncompiled: Any
 ) -> Any:
     from gpt.model import draws_random_numbers
     from gpt.saver import Saver
 
     sync = metrics.sync if metrics is not None else lambda: None
     random = draws_random_numbers(model) or plan.recipe.train.neftune_noise_alpha is not None
-    same_as_evaluation = plain is nullcontext and fused is None and not random
+    same_as_evaluation = uncompiled is nullcontext and not random
     return Saver(plan, state, ranks, owner, generation, tied_names(model), sync, same_as_evaluation)
 
 

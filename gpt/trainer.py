@@ -67,7 +67,7 @@ class Trainer:
     stop_requested: Callable[[], bool]
     uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
     output_layer: OutputLayer | None = None
-    """Where it gives the loss; logits are then never whole, and the saver's probe needs a forward of its own."""
+    """Where it gives the loss; logits are then never whole."""
     embedding_noise: Callable[[int], AbstractContextManager[Any]] = nullcontext
     """Around a training forward, given the position of its first sample."""
     flops_per_token: float = 0.0
@@ -243,8 +243,10 @@ class Trainer:
             self.saver.give_probe(logits, batch)
             smoothing = self.recipe.train.label_smoothing
             return smoothed_cross_entropy_sums(logits, batch.targets, batch.mask, smoothing)
-        with output.gives_loss(batch.targets, batch.mask):
+        with output.gives_loss(batch.targets, batch.mask, first_row=self.saver.needs_probe) as first_row:
             loss = self.forward(batch.input_ids, batch.position_ids)
+        for logits in first_row:
+            self.saver.give_probe(logits, batch)
         return loss, loss.detach()
 
     def _explain_skip(self, step: int, batch: "StepBatch", loss: float, random: RandomState) -> None:

@@ -19,7 +19,8 @@ Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 @torch.no_grad()
 def make_probe(logits: torch.Tensor, batch: MicroBatch, greedy: Greedy | None) -> Probe | None:
     """Loss and top logits of the first row of `batch`, whose forward on the saved weights gave `logits` [rows, tokens,
-    vocabulary], with dropout off; None where they are not finite, against which nothing could be held."""
+    vocabulary], with dropout off (its first row is enough); None where they are not finite, against which nothing could
+    be held."""
     counted = int(batch.mask[0].sum())
     loss = float(cross_entropy_sum(logits[:1], batch.targets[:1], batch.mask[:1])) / max(1, counted)
     rows, tokens = batch.input_ids.shape

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,20 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Runs:
-    """Training runs in one directory that share prepared data."""
+    """Training runs in one directory that share prepared data, each of one test file but `reference`."""
 
     folder: Path
+    _files: dict[str, str] = field(default_factory=dict)
+
+    def _note_user(self, name: str) -> None:
+        """In another file's tests a run of this name would go on from what these left."""
+        file = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0]
+        first = self._files.setdefault(name, file)
+        assert first == file or name == "reference", f"{first} has a run {name}, too: give this one another name"
 
     def write_recipe(self, name: str, **changes: Any) -> Path:
         """A recipe file; `changes` replace whole top-level sections."""
+        self._note_user(name)
         recipe = {
             "name": name,
             "model": {"config": LLAMA},
@@ -112,6 +120,7 @@ class Runs:
 
     def copy(self, name: str, new_name: str) -> None:
         """A run directory under another name: a run's name is free to change."""
+        self._note_user(new_name)
         shutil.copytree(self.directory(name), self.directory(new_name))
 
     def directory(self, name: str) -> Path:

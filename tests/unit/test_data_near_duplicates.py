@@ -109,8 +109,8 @@ def test_interrupted_marking_is_done_again(tmp_path: Path, tokenizer: Path, monk
     monkeypatch.setattr(duplicates, "BUCKET_HASHES", 60)
     with pytest.raises(OSError, match="plug"):
         _prepared(tmp_path, rows, tokenizer)
-    judge = duplicates._mark_near
-    monkeypatch.setattr(duplicates, "_mark_near", lambda plan: (judge(plan), judge(plan)))
+    judge = duplicates.mark_near
+    monkeypatch.setattr(duplicates, "mark_near", lambda plan: (judge(plan), judge(plan)))
     _prepared(tmp_path, rows, tokenizer)
     assert _bytes(tmp_path / "out") == found
 

@@ -172,6 +172,23 @@ def test_an_output_layer_gives_the_loss_and_gradients_of_its_whole_logits(
     assert layer(hidden).shape == (*shape, VOCABULARY), "outside it gives logits again"
 
 
+def test_an_output_layer_also_gives_the_first_rows_logits_where_asked() -> None:
+    hidden, layer, targets, mask = make_output((3, 6), torch.float32)
+    fused(hidden, layer, targets, mask).backward()
+    assert hidden.grad is not None
+    expected, whole = hidden.grad.clone(), layer(hidden).detach()
+    hidden.grad = None
+    output = OutputLayer(layer)
+    with output.gives_loss(targets, mask, first_row=True) as first_row:
+        layer(hidden).backward()
+    [logits] = first_row
+    torch.testing.assert_close(logits, whole[:1], rtol=0, atol=1e-5)
+    assert not logits.requires_grad and torch.equal(hidden.grad, expected)
+    with output.gives_loss(targets, mask) as nothing:
+        layer(hidden)
+    assert nothing == []
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_output_layer_keeps_what_is_not_finite_in_its_row(value: float) -> None:
     hidden, layer, targets, mask = make_output((3, 6), torch.float32)

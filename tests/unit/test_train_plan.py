@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 
 from gpt import distributed, preflight, train
 from gpt.evaluate import end_token_ids
-from gpt.loss import OutputLayer
 from gpt.model import tied_names
 from gpt.optimizer import total_steps
 from gpt.recipe import Recipe
@@ -397,9 +396,7 @@ def test_a_training_forward_with_noise_is_no_probe(
     monkeypatch.setattr("gpt.saver.Saver", lambda *arguments: arguments[-1])
     plan: Any = SimpleNamespace(recipe=make_recipe(changes))
     model = make_model()
-    assert _build_saver(plan, None, None, None, 1, model, None, nullcontext, None) == expected
-    fused = OutputLayer(model.get_output_embeddings())
-    assert _build_saver(plan, None, None, None, 1, model, None, nullcontext, fused) is False, "it has no logits"
+    assert _build_saver(plan, None, None, None, 1, model, None, nullcontext) == expected
 
 
 def test_without_validation_data_there_is_no_evaluation(prepared_data: PreparedData, tmp_path: Path) -> None:
