@@ -171,15 +171,18 @@ class ShardedState:
     c = ceil(n / w). At stages 1 and 2 each optimizer group is one flat tensor that is cut into w equal parts, so that a
     rank may hold all, a part or nothing of a parameter; frozen ones, whole on every rank, are dealt as at stage 3.
 
+    With `trained_only` the frozen ones, which come from elsewhere at each start, are no part of it.
+
     Nothing but `loading` is a collective. What `read` gives changes with the next update of the weights, not before.
     """
 
-    def __init__(self, engine: Any, ranks: Ranks) -> None:
+    def __init__(self, engine: Any, ranks: Ranks, *, trained_only: bool = False) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
         self._ranks = ranks
         self.zero_stage = int(engine.zero_optimization_stage())
-        self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        named = engine.module.named_parameters()
+        self.parameters: dict[str, Any] = {n: p for n, p in named if p.requires_grad or not trained_only}
         trained = self._fragments_of_stage_3() if self.zero_stage == 3 else self._fragments_of_stages_1_and_2()
         self._fragments = {
             name: trained[id(p)] if id(p) in trained else self._frozen_fragment(p)

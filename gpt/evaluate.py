@@ -23,6 +23,7 @@ from gpt.checkpoint.format import Greedy
 from gpt.checkpoint.read import load_plain_model, open_checkpoint
 from gpt.export_source import trained_on_chat
 from gpt.generate import DEVICE_MAPS, DTYPES, Loading, input_device, load_model
+from gpt.lora import load_adapted_model
 from gpt.loss import count_correct, cross_entropy_sum
 from gpt.metrics import Evaluation, Record
 from gpt.model import is_run_directory
@@ -245,7 +246,8 @@ def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:
         own, device = source / "tokenizer", loading.device()
         if own.exists():
             check_kept_tokenizer(source)
-        model: Any = load_plain_model(source, DTYPES[loading.dtype] if loading.dtype else None)
+        load = load_plain_model if recipe.lora is None else load_adapted_model
+        model: Any = load(source, DTYPES[loading.dtype] if loading.dtype else None)
         return model.to(device), own if own.exists() else Path(recipe.tokenizer), recipe.data.sequence_length
     model = load_model(source, loading)
     report = source / "export_report.json"

@@ -18,8 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gpt.checkpoint.direct import BLOCKS_ON_THE_WAY
 from gpt.checkpoint.files import TensorToWrite, hash_file
-from gpt.checkpoint.format import BLOCK_BYTES, FileEntry, Precision, fsync_directory
-from gpt.checkpoint.read import TORCH_DTYPES, empty_model
+from gpt.checkpoint.format import BLOCK_BYTES, FileEntry, Manifest, Precision, fsync_directory
+from gpt.checkpoint.read import TORCH_DTYPES, empty_model, open_checkpoint
 from gpt.deepspeed_checkpoint import source_of_deepspeed
 from gpt.early_stopping import best_step, better_than
 from gpt.export_check import (
@@ -32,8 +32,9 @@ from gpt.export_check import (
     run_gate,
 )
 from gpt.export_source import CHUNK_ELEMENTS, ExportSource, source_of_run
-from gpt.export_weights import Progress, parse_size, plan_tensors, write_weights
+from gpt.export_weights import Progress, parse_size, plan_adapter, plan_tensors, write_weights
 from gpt.gguf_export import add_gguf, check_convertible, gate_weights_bytes
+from gpt.lora import adapter_config, merged
 from gpt.model_card import UNKNOWN_LICENCE, check_licence, model_card
 
 MAX_SHARD_SIZE = "5GB"
@@ -49,14 +50,16 @@ def export_run(
     *,
     step: int | None = None,
     best: bool = False,
+    adapter: bool = False,
     describe_data: Callable[[Path], str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Export the newest checkpoint of the run directory `source`, the one of `step`, or the best: see `best_step`,
-    `source_of_run` and `export_model`.
+    `source_of_run` and `export_model`. Of a run with `lora`, base and adapter are merged, or the `adapter` is written
+    alone: see `export_adapter`.
 
     Raises:
-        ValueError: no such checkpoint or damaged files, and as `export_model`.
+        ValueError: no such checkpoint or damaged files, no adapter or another base, and as `export_model`.
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
     if best:
@@ -64,7 +67,15 @@ def export_run(
         if (better := better_than(Path(source), step)) is not None:
             say = options.get("say", print)
             say(f"warning: step {better} was better than step {step}, but has no checkpoint; see checkpoint.keep_best")
-    return export_model(source_of_run(Path(source), step, describe_data), out, **options)
+    found = source_of_run(Path(source), step, describe_data)
+    manifest = open_checkpoint(Path(source), step).manifest
+    if manifest.recipe.get("lora"):
+        if adapter:
+            return export_adapter(found, manifest, out, **options)
+        found = merged(found, manifest)
+    elif adapter:
+        raise ValueError(f"{source} trained no adapter (its recipe has no lora): leave --adapter out.")
+    return export_model(found, out, **options)
 
 
 def export_deepspeed(
@@ -118,9 +129,70 @@ def export_model(
     tensors = plan_tensors(source.weights, model, TORCH_DTYPES[precision])
     expected = expected_of(source, precision)
     expected["memory_bytes"] = _check_room(out, source, model, tensors, gate_memory(model, expected), gguf, say)
-    with _unfinished(out) as folder:
+
+    def write(folder: Path) -> dict[str, FileEntry]:
         files = write_weights(folder, tensors, shard_bytes, progress)
         _write_configuration(folder, model, source.tokenizer, precision)
+        return files
+
+    return _publish(source, out, precision, licence, tensors, expected, write, say, gguf=gguf)
+
+
+def export_adapter(
+    source: ExportSource,
+    manifest: Manifest,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    ungated: bool = False,
+    licence: str = UNKNOWN_LICENCE,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    gguf: bool = False,
+    say: Say = print,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the adapter alone as the folder `out`, which peft puts onto its base. As `export_model` otherwise.
+
+    Raises as it does, and ValueError for what only a whole model can be: a GGUF file, or several files.
+    """
+    out = _checked_out(Path(out), source, ungated)
+    check_licence(licence)
+    precision = _precision(dtype, source.weights.precision)
+    tensors = plan_adapter(source.weights, TORCH_DTYPES[precision])
+    if gguf or sum(tensor.size_bytes for tensor in tensors) > parse_size(max_shard_size):
+        raise ValueError(f"An adapter is one file for peft; leave --gguf out, and give more than {max_shard_size}.")
+    config, base = adapter_config(manifest)
+    expected = expected_of(source, precision) | {"masters": None}
+    memory, available = gate_memory(base, expected), available_memory_bytes()
+    if available < memory.rest + memory.weights:
+        raise ValueError(
+            f"The check loads the whole base and needs {gib(memory.rest + memory.weights)} of memory, but "
+            f"{gib(available)} are available; export on a larger machine."
+        )
+
+    def write(folder: Path) -> dict[str, FileEntry]:
+        config.save_pretrained(str(folder))
+        source.tokenizer.save_pretrained(folder)
+        return write_weights(folder, tensors, sum(t.size_bytes for t in tensors), progress, stem="adapter_model")
+
+    return _publish(source, out, precision, licence, tensors, expected, write, say)
+
+
+def _publish(
+    source: ExportSource,
+    out: Path,
+    precision: Precision,
+    licence: str,
+    tensors: list[TensorToWrite],
+    expected: dict[str, Any],
+    write: Callable[[Path], dict[str, FileEntry]],
+    say: Say,
+    *,
+    gguf: bool = False,
+) -> dict[str, Any]:
+    """Let `write` fill a folder, put it through the gate and give it its name; what `export_model` returns."""
+    with _unfinished(out) as folder:
+        files = write(folder)
         report = run_gate(folder, expected)
         if gguf:
             add_gguf(folder, out.name, report)

@@ -60,6 +60,7 @@ def expected_of(source: ExportSource, precision: Precision) -> dict[str, Any]:
     return {
         "training_dtype": source.weights.precision,
         "exported_dtype": precision,
+        "merged": source.merged,
         "probe": source.probe.model_dump() if source.probe is not None else None,
         "masters": str(source.masters) if source.masters is not None and wider else None,
         "memory_bytes": None,

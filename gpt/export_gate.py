@@ -4,6 +4,7 @@ Run as `python -I export_gate.py FOLDER EXPECTED.json`; prints one JSON report; 
 
 - `training_dtype`, `exported_dtype`; the model is computed in the training dtype, since there the folder must give the
   live engine's own logits;
+- `merged`: whether the folder's weights are a base's and an adapter's together, which the live engine held apart;
 - `probe`: the checkpoint's record of them; null: there is none, and the folder is not gated;
 - `masters`: the folder of a `checkpoint/1` whose fp32 masters were exported, null in other cases: the export is
   also computed in fp32 and held against a forward of these masters, read from there by other code than export's;
@@ -31,17 +32,20 @@ PROJECT_PACKAGES = {"gpt", "launch", "data_pipeline"}
 Check = dict[str, Any]
 
 
-def logit_tolerance(largest: float, training_dtype: str, exported_dtype: str, layers: int) -> float:
+def logit_tolerance(
+    largest: float, training_dtype: str, exported_dtype: str, layers: int, *, merged: bool = False
+) -> float:
     """The largest difference between two right computations of logits whose largest magnitude is `largest`.
 
     2 units in the last place of `largest` in the training dtype. In fp32 1e-4 of `largest`: there the order of
     summation, which threads and batch shapes decide, moves the result by far more than its last place. Weights exported
-    in a coarser dtype than they were trained in are rounded on purpose: then the coarser one's places count, and each
-    layer adds an error of its own, which together grow with the square root of the number of layers.
+    in a coarser dtype than they were trained in are rounded on purpose, and so are the sums of a base and an adapter
+    that are `merged`: then the coarser dtype's places count, and each layer adds an error of its own, which together
+    grow with the square root of the number of layers.
     """
     eps, exported_eps = (torch.finfo(DTYPES[name]).eps for name in (training_dtype, exported_dtype))
-    lossy = exported_eps > eps
-    if training_dtype == "fp32" and not lossy:
+    lossy = exported_eps > eps or merged
+    if training_dtype == "fp32" and exported_dtype == "fp32":
         return 1e-4 * largest
     place = max(eps, exported_eps) * 2.0 ** math.floor(math.log2(max(largest, 1e-30)))
     return 2 * place * (math.sqrt(1 + layers) if lossy else 1.0)
@@ -54,9 +58,11 @@ def check_folder(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
         model, loading = _load(folder, training, expected["memory_bytes"], Path(place))
         held = _placement(model)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        checks = [_check_keys(loading), *_check_tokenizer(tokenizer, model, expected["tokenizer"])]
+        checks = [_check_keys(loading), *_check_tokenizer(tokenizer, expected["tokenizer"])]
+        if not _is_adapter(folder):  # which has no end tokens of its own
+            checks.append(_check_end_tokens(_end_tokens(model), expected["tokenizer"]))
         if probe is not None:
-            checks += _check_probe(model, probe, training, exported)
+            checks += _check_probe(model, probe, training, exported, merged=expected["merged"])
         else:
             checks.append(_check_runs(model, expected["tokenizer"]["ids"]))
         del model
@@ -78,17 +84,35 @@ def check_folder(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 def _load(
     folder: Path, dtype: str, memory_bytes: int | None, offload_folder: Path
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The folder's model, and what transformers says of its tensors. With `memory_bytes` accelerate leaves the layers
-    for which they do not suffice on disk, and reads each when its turn comes."""
+    """The folder's model, or its adapter on the base, and what transformers says of its tensors. With `memory_bytes`
+    accelerate leaves the layers for which they do not suffice on disk, and reads each when its turn comes."""
     options: dict[str, Any] = {}
     if memory_bytes is not None:
         options = {"max_memory": get_max_memory() | {"cpu": memory_bytes}, "offload_folder": offload_folder}
     if torch.cuda.is_available() or memory_bytes is not None:
         options["device_map"] = "auto"
+    if _is_adapter(folder):
+        return _load_adapter(folder, dtype, options)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], output_loading_info=True, trust_remote_code=False, **options
     )
     return loaded[0].eval(), loaded[1]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _load_adapter(folder: Path, dtype: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The base with the folder's adapter on it, as peft loads it, all in the training dtype as the engine had it."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict  # here, since whole models need no peft
+
+    place = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], trust_remote_code=False, **options)
+    model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        stored, wanted = set(file.keys()), set(get_peft_model_state_dict(model))
+    return model, {"missing_keys": wanted - stored, "unexpected_keys": stored - wanted}
 
 
 def _placement(model: PreTrainedModel) -> str:
@@ -105,10 +129,13 @@ def _is_offloaded(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _check_probe(model: PreTrainedModel, probe: dict[str, Any], training: str, exported: str) -> list[Check]:
+def _check_probe(
+    model: PreTrainedModel, probe: dict[str, Any], training: str, exported: str, *, merged: bool
+) -> list[Check]:
     """The folder's numbers against those that the live engine recorded."""
     largest = max(abs(value) for row in probe["top_logits"] for value in row)
-    tolerance = logit_tolerance(largest, training, exported, model.config.get_text_config().num_hidden_layers)
+    layers = model.config.get_text_config().num_hidden_layers
+    tolerance = logit_tolerance(largest, training, exported, layers, merged=merged)
     # a GPU's kernels, and so their rounding, depend on the number of rows; on a CPU one gives the same bits
     rows = probe["rows"] if torch.cuda.is_available() else 1
     logits = _forward(model, probe["input_ids"], probe["position_ids"], rows=rows)
@@ -312,10 +339,8 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 
-def _check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, expected: dict[str, Any]
-) -> list[Check]:
-    """The folder's tokenizer and template must give the run's tokens, and generation must stop at its end tokens."""
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, expected: dict[str, Any]) -> list[Check]:
+    """The folder's tokenizer and template must give the run's tokens."""
     checks = []
     ids = tokenizer(expected["text"])["input_ids"]
     sentence = f"a text of {len(expected['text'])} characters gives the tokens of the run's tokenizer"
@@ -335,7 +360,6 @@ def _check_tokenizer(
         if rendered != chat["ids"]:
             sentence = f"the folder's chat template gives {rendered[:8]}…, the run's {chat['ids'][:8]}…"
         checks.append(_check("chat_template", rendered == chat["ids"], sentence))
-    checks.append(_check_end_tokens(_end_tokens(model), expected))
     return checks
 
 

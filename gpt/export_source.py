@@ -66,6 +66,8 @@ class ExportSource:
     card: dict[str, str]
     recipe: dict[str, Any] | None
     masters: Path | None = None
+    merged: bool = False
+    """Whether the weights are a base's and an adapter's together, which the live engine held apart."""
 
 
 class CheckpointWeights:

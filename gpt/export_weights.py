@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from gpt.checkpoint.files import DTYPE_CODES, TensorToWrite, write_safetensors
 from gpt.checkpoint.format import FileEntry
 from gpt.export_source import WeightSource
+from gpt.lora import peft_name
 
 Progress = Callable[[int, int], None]
 
@@ -57,6 +59,12 @@ def plan_tensors(source: WeightSource, model: PreTrainedModel, dtype: torch.dtyp
     if empty:
         raise ValueError(f"{source.directory} holds empty tensors: {', '.join(empty)}.")
     return tensors
+
+
+def plan_adapter(source: WeightSource, dtype: torch.dtype) -> list[TensorToWrite]:
+    """The tensors of an adapter's file, by peft's names."""
+    tensors = [_streamed(source, name, shape, dtype) for name, shape in source.shapes.items()]
+    return [replace(tensor, name=peft_name(tensor.name)) for tensor in tensors]
 
 
 def _streamed(source: WeightSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorToWrite:
@@ -109,7 +117,11 @@ def _buffer(name: str, values: torch.Tensor) -> TensorToWrite:
 
 
 def write_weights(
-    folder: Path, tensors: list[TensorToWrite], max_shard_bytes: int, progress: Progress | None
+    folder: Path,
+    tensors: list[TensorToWrite],
+    max_shard_bytes: int,
+    progress: Progress | None,
+    stem: str = "model",
 ) -> dict[str, FileEntry]:
     """Write the shards, and the index when there are several; returns their entries for the checksums.
 
@@ -141,12 +153,12 @@ def write_weights(
 
     with _one_torch_thread():
         for index, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+            name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
             files[name] = write_safetensors(folder / name, map(counted, shard), {"format": "pt"}, direct=True)
             weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         content: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return files
 
 

@@ -201,11 +201,14 @@ def _drop_lines_after(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def flops_per_token(matrix_parameters: int, layers: int, hidden_size: int, sequence_length: int) -> float:
-    """Floating-point operations of training on one token: 6 for each parameter of a matrix product, and
+def flops_per_token(
+    matrix_parameters: int, layers: int, hidden_size: int, sequence_length: int, *, beside_adapter: int = 0
+) -> float:
+    """Floating-point operations of training on one token: 6 for each parameter of a matrix product, 4 for each of those
+    `beside_adapter`, which get no gradient of their own, and
     6 * layers * hidden * sequence for causal attention (half of arXiv:2204.02311 appendix B, which counts the full
     square). Recomputation is not counted."""
-    return 6.0 * matrix_parameters + 6.0 * layers * hidden_size * sequence_length
+    return 6.0 * matrix_parameters - 2.0 * beside_adapter + 6.0 * layers * hidden_size * sequence_length
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

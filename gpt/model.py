@@ -105,11 +105,21 @@ def _config_of_weights(pretrained: str) -> PreTrainedConfig:
         manifest = newest_manifest(Path(pretrained))
         if manifest is None:
             raise ValueError(f"model.pretrained {pretrained} is a run without any checkpoint: train it first")
+        if manifest.recipe.get("lora"):
+            raise ValueError(
+                f"model.pretrained {pretrained} is a run with lora, whose checkpoints hold an adapter only: export it "
+                f"and name the folder"
+            )
         fields = dict(manifest.model_config_dict)
         architectures = fields.pop("architectures", None)
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         config.architectures = architectures
         return config
+    if (Path(pretrained) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.pretrained {pretrained} is an adapter, not a model: export its run without --adapter, and name "
+            f"that folder"
+        )
     if any(Path(pretrained).glob("*.bin")) and not any(Path(pretrained).glob("*.safetensors")):
         raise ValueError(f"model.pretrained {pretrained} has no weights as safetensors; pickles are not read")
     try:
@@ -194,8 +204,7 @@ def check_weights(model: Model, config: PreTrainedConfig, precision: str) -> Non
     """
     if not (model.frozen or any("expert" in name for name in config.get_text_config().to_dict())):
         return  # to make a model takes its time
-    with torch.device("meta"), no_init_weights():
-        made = AutoModelForCausalLM.from_config(config)
+    made = meta_model(config)
     if model.frozen:
         frozen_names(made, model.frozen)
     size = DTYPES[precision].itemsize
@@ -259,12 +268,17 @@ def draws_random_numbers(model: "PreTrainedModel") -> bool:
     return configured or any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
 
 
+def meta_model(config: PreTrainedConfig) -> "PreTrainedModel":
+    """A model of this configuration without its weights."""
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
 def elements_of(config: PreTrainedConfig) -> int:
     """Number of parameters of a model of this configuration, without making it."""
-    with torch.device("meta"), no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in meta_model(config).parameters())
 
 
 def count_parameters(model: "PreTrainedModel") -> tuple[int, int]:

@@ -87,21 +87,29 @@ class Needs:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, parameters: int, total_steps: int, deepspeed: dict[str, Any], world_size: int
+        cls,
+        recipe: Recipe,
+        parameters: int,
+        saved_parameters: int,
+        total_steps: int,
+        deepspeed: dict[str, Any],
+        world_size: int,
     ) -> "Needs":
         """By what each ZeRO stage shards (arXiv:1910.02054, section 5). Nothing is counted that may not be there: of a
-        model with frozen parameters the weights alone."""
+        model with frozen parameters the weights alone. Of an adapter, `saved_parameters` are trained."""
         frozen, sgd = bool(recipe.model.frozen), recipe.optimizer.type == "sgd"
         zero, keep = deepspeed["zero_optimization"], recipe.checkpoint
         stage, weights = zero["stage"], parameters * (4 if recipe.precision == "fp32" else 2)
-        optimizer = 0 if frozen else parameters * (WEIGHTS_BYTES_PER_ELEMENT if sgd else BYTES_PER_ELEMENT)
+        optimizer = 0 if frozen else saved_parameters * (WEIGHTS_BYTES_PER_ELEMENT if sgd else BYTES_PER_ELEMENT)
         whole, reduced = planned_checkpoints(keep, total_steps)
-        planned = (optimizer or weights) * whole + min(optimizer or weights, parameters * 4) * reduced
+        planned = (optimizer or weights) * whole + min(optimizer or weights, saved_parameters * 4) * reduced
         return cls(
             checkpoint_bytes=optimizer or weights,
             planned_bytes=min(planned, keep.budget_bytes or planned),
             rank_state_bytes=optimizer // world_size + weights // (world_size if stage == 3 else 1),
-            rank_gradient_bytes=0 if frozen else weights // (world_size if stage >= 2 else 1),
+            rank_gradient_bytes=0
+            if frozen
+            else weights * saved_parameters // parameters // (world_size if stage >= 2 else 1),
             on_device=torch.cuda.is_available() and not zero.get("offload_optimizer"),
         )
 

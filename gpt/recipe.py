@@ -84,6 +84,24 @@ class Model(Section):
         return self
 
 
+class Lora(Section):
+    """Train an adapter of low rank and leave the weights as they are (arXiv:2106.09685). Checkpoints hold the adapter
+    alone, so the weights must stay where `model.pretrained` finds them, a Hugging Face folder or hub id."""
+
+    rank: PositiveInt
+    """Rank of the adapter's two matrices at each layer."""
+    alpha: PositiveInt = 16
+    """Their product is added times alpha / rank."""
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of what the adapter reads."""
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Linear layers within the decoder layers that get one, by the ends of their names, for example
+    `[q_proj, v_proj]`. One that matches nothing is an error. null: all of them."""
+    base_xxh3: str | None = None
+    """Checksum that the configuration and weights of `model.pretrained` must have. null: what they have when the run
+    begins."""
+
+
 class Source(Section):
     """One prepared training set of the mixture."""
 
@@ -352,6 +370,8 @@ class Recipe(Section):
     """Where run directories are. Default: the environment variable TRAINYARD_RUNS, else `runs`."""
     model: Model
     """What is trained."""
+    lora: Lora | None = None
+    """Train an adapter only. null: all parameters but the frozen ones."""
     tokenizer: str
     """The tokenizer's folder, as `trainyard prepare` writes it, or `hf://OWNER/NAME` on the hub. It must be the one of
     the data."""
@@ -406,6 +426,15 @@ class Recipe(Section):
                     f"data.stages.{number}.until_tokens is {stage.until_tokens}, which is not a whole number of global "
                     f"batches of {batch} tokens: use {f'{below} or ' if below else ''}{above}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_base(self) -> "Recipe":
+        if self.lora is not None and (self.model.pretrained is None or self.model.frozen):
+            raise ValueError(
+                f"lora adapts weights that are there and freezes all of them: give model.pretrained (now "
+                f"{self.model.pretrained}) and no model.frozen (now {self.model.frozen})"
+            )
         return self
 
     @model_validator(mode="after")

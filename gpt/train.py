@@ -23,8 +23,9 @@ from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.embedding_noise import embedding_noise
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
+from gpt.lora import add_adapter, saved_elements, target_names
 from gpt.loss import output_layer
-from gpt.model import DTYPES, build_config, check_weights, elements_of, tied_names
+from gpt.model import DTYPES, build_config, check_weights, elements_of, meta_model, tied_names
 from gpt.optimizer import Schedule, total_steps
 from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
@@ -95,6 +96,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
         )
     config = build_config(recipe.model, tokenizer, length)
     check_weights(recipe.model, config, recipe.precision)
+    if recipe.lora is not None:
+        target_names(meta_model(config), recipe.lora)
     batch = plan_batch(recipe.global_batch_sequences, recipe.train.micro_batch_sequences, world_size)
     schedule = Schedule(recipe.optimizer, total_steps(recipe, training.samples_per_epoch))
     if recipe.profile is not None and recipe.profile.steps[1] > schedule.total_steps:
@@ -133,7 +136,8 @@ def check(recipe: Recipe, world_size: int) -> RunPlan:
 
     plan = plan_run(recipe, world_size)
     if recipe.checkpoint.budget_bytes is not None:
-        check_budget(recipe.checkpoint, recipe.run_directory(), elements_of(plan.config), plan.schedule.total_steps)
+        elements = saved_elements(recipe, plan.config)
+        check_budget(recipe.checkpoint, recipe.run_directory(), elements, plan.schedule.total_steps)
     for stream in (plan.training, plan.validation):
         if stream is not None:
             stream.check_files()
@@ -256,11 +260,11 @@ def _needs(plan: RunPlan, world_size: int) -> Any:
     from gpt.preflight import Needs
 
     try:
-        elements = elements_of(plan.config)
+        elements, saved = elements_of(plan.config), saved_elements(plan.recipe, plan.config)
     except RuntimeError as error:
         print(f"warning: whether memory and disk suffice is not known: {error}", flush=True)
         return None
-    return Needs.of(plan.recipe, elements, plan.schedule.total_steps, plan.deepspeed, world_size)
+    return Needs.of(plan.recipe, elements, saved, plan.schedule.total_steps, plan.deepspeed, world_size)
 
 
 def look(recipe: Recipe, report: Path) -> None:
@@ -301,14 +305,14 @@ def _run_claimed(
     model, layers, uncompiled = _build_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
     heartbeat.progress("starting the engine")
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
-    state = distributed.ShardedState(engine, ranks)
+    state = distributed.ShardedState(engine, ranks, trained_only=recipe.lora is not None)
     torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
     heartbeat.progress("loading a checkpoint")
     manifest = resume(plan, engine, state, ranks, owner)
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
     output = output_layer(recipe, model, engine, ranks.device)
-    peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
+    matrices, peak = count_parameters(model)[1], measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
     metrics = _open_metrics(plan, owner, resumed, model, fused=output is not None)
     trainer = Trainer(
         recipe=recipe,
@@ -328,7 +332,11 @@ def _run_claimed(
         output_layer=output,
         embedding_noise=embedding_noise(model, recipe.train),
         flops_per_token=flops_per_token(
-            count_parameters(model)[1], layers, plan.config.get_text_config().hidden_size, recipe.data.sequence_length
+            matrices,
+            layers,
+            plan.config.get_text_config().hidden_size,
+            recipe.data.sequence_length,
+            beside_adapter=matrices - saved_elements(recipe, plan.config) if recipe.lora is not None else 0,
         ),
         peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
         first_step=resumed + 1,
@@ -350,7 +358,8 @@ def _build_saver(
     sync = metrics.sync if metrics is not None else lambda: None
     random = draws_random_numbers(model) or plan.recipe.train.neftune_noise_alpha is not None
     same_as_evaluation = uncompiled is nullcontext and not random
-    return Saver(plan, state, ranks, owner, generation, tied_names(model), sync, same_as_evaluation)
+    tied = {name: first for name, first in tied_names(model).items() if first in state.parameters}
+    return Saver(plan, state, ranks, owner, generation, tied, sync, same_as_evaluation)
 
 
 def _fit(trainer: Any) -> int | None:
@@ -374,6 +383,9 @@ def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrained
 
     recipe = plan.recipe
     model = build_model(recipe.model, plan.config, recipe.precision, recipe.train.seed, zero)
+    if recipe.lora is not None:
+        add_adapter(model, recipe.lora, recipe.train.seed)
+        model.enable_input_require_grads()  # as `build_model` does for frozen embeddings
     layers = decoder_layers(model)
     distributed.mark_leaf_modules(model, layers)
     if recipe.gradient_checkpointing is not None:

@@ -11,13 +11,15 @@ TOKENIZER_PATTERNS = ["*token*", "vocab*", "merges.txt", "chat_template*", "*.ji
 
 
 def fetch(recipe: Recipe) -> Recipe:
-    """Fetch the weights and the tokenizer that the recipe names on the hub.
+    """Fetch the weights and the tokenizer that the recipe names on the hub, and pin what an adapter is added to.
 
     `model.pretrained` stays the hub id, which transformers finds in the cache; a tokenizer becomes its folder there.
 
     Raises:
-        ValueError: something cannot be fetched, or has no safetensors weights.
+        ValueError: something cannot be fetched, or has no safetensors weights; as `pin_base`.
     """
+    from gpt.lora import pin_base  # here, since it takes torch
+
     pretrained = recipe.model.pretrained
     if pretrained is not None and HUB_ID.fullmatch(pretrained) and not Path(pretrained).exists():
         folder = _snapshot(pretrained, "model.pretrained", WEIGHTS_PATTERNS)
@@ -27,8 +29,8 @@ def fetch(recipe: Recipe) -> Recipe:
             )
     if recipe.tokenizer.startswith(HUB_PREFIX):
         name = recipe.tokenizer.removeprefix(HUB_PREFIX)
-        return recipe.model_copy(update={"tokenizer": str(_snapshot(name, "tokenizer", TOKENIZER_PATTERNS))})
-    return recipe
+        recipe = recipe.model_copy(update={"tokenizer": str(_snapshot(name, "tokenizer", TOKENIZER_PATTERNS))})
+    return pin_base(recipe)
 
 
 def _snapshot(name: str, field: str, patterns: list[str]) -> Path:

@@ -91,6 +91,9 @@ def export(
     best: Annotated[
         bool, typer.Option("--best", help="Instead: the run's best checkpoint, by its recipe's evaluate.metric.")
     ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run with lora: the adapter alone, for peft; default: merged.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the training precision.")] = None,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also where the checkpoint has no record of the engine's logits.")
@@ -125,9 +128,9 @@ def export(
     foreign = is_deepspeed_checkpoint(source)
     if best and step is not None:
         raise typer.BadParameter("give --step or --best, not both")
-    if foreign and (best or step is not None):
+    if foreign and (best or adapter or step is not None):
         raise typer.BadParameter(
-            "--step and --best are for runs; name the tag folder of a DeepSpeed checkpoint instead"
+            "--step, --best and --adapter are for runs; name the tag folder of a DeepSpeed checkpoint instead"
         )
     if not foreign and (config or tokenizer or trust_pickle):
         raise typer.BadParameter("--config, --tokenizer and --trust-pickle are for DeepSpeed checkpoints")
@@ -139,7 +142,9 @@ def export(
                 given |= {"config": config, "tokenizer": tokenizer, "trust_pickle": trust_pickle}
                 report = export_deepspeed(source, out, **given)
             else:
-                report = export_run(source, out, step=step, best=best, describe_data=describe_origin, **given)
+                report = export_run(
+                    source, out, step=step, best=best, adapter=adapter, describe_data=describe_origin, **given
+                )
         answer(report)
         if not as_json:
             print_values(report)

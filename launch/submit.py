@@ -171,7 +171,7 @@ def _checked(submission: Submission, request: Request, then_export: bool) -> tup
     """The submission with what is remote fetched and without a sweep's finished runs; the bytes of its largest save;
     notes on what was left out."""
     from gpt.checkpoint.retention import BYTES_PER_ELEMENT
-    from gpt.model import elements_of
+    from gpt.lora import saved_elements
     from gpt.train import check
 
     recipes: list[Recipe] = []
@@ -194,7 +194,7 @@ def _checked(submission: Submission, request: Request, then_export: bool) -> tup
             raise ValueError(f"--then export: {run / 'export'} exists already; move it away")
         recipes.append(recipe)
         values += submission.values[number : number + 1]
-        save_bytes = max(save_bytes, BYTES_PER_ELEMENT * elements_of(plan.config))
+        save_bytes = max(save_bytes, BYTES_PER_ELEMENT * saved_elements(recipe, plan.config))
     if not recipes:
         raise ValueError(f"all {len(submission.recipes)} runs of the sweep {submission.home} are finished already")
     return Submission(submission.name, recipes, values), save_bytes, notes

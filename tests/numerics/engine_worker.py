@@ -1,6 +1,6 @@
 """One rank of the real engine and Trainer on made-up ragged data; rank 0 saves what a test compares.
 
-Run by torchrun: `engine_worker.py OUT.pt MICRO_BATCH_SEQUENCES ZERO_STAGE [regularized]`. Rows are those of
+Run by torchrun: `engine_worker.py OUT.pt MICRO_BATCH_SEQUENCES ZERO_STAGE [regularized|lora]`. Rows are those of
 `ragged_rows`, 8 sequences a step. On 1 rank, and regularized, the loss is that of whole logits; else the output layer
 gives it.
 """
@@ -21,9 +21,11 @@ from gpt.batch import plan_batch
 from gpt.batch_source import BatchSource
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.embedding_noise import embedding_noise
+from gpt.lora import add_adapter
 from gpt.loss import output_layer
 from gpt.model import build_model, decoder_layers
 from gpt.optimizer import Schedule, build_optimizer
+from gpt.recipe import Lora
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe
 from gpt.saver import Saver
 from gpt.trainer import Trainer
@@ -52,6 +54,9 @@ RECIPE: dict[str, Any] = {
 REGULARIZED = {"label_smoothing": 0.2, "neftune_noise_alpha": 5.0}
 
 
+LORA = Lora(rank=3, alpha=12, targets=["q_proj", "o_proj", "up_proj"])
+
+
 def ragged_rows(positions: np.ndarray) -> Any:
     """Rows that are a function of their position: the share of counted targets goes from 1 of 16 to all of them, and
     each row holds two documents."""
@@ -70,12 +75,12 @@ class RaggedStream:
         return ragged_rows(np.array(positions))
 
 
-def main(out: Path, micro_batch_sequences: int, zero_stage: int, regularized: bool) -> None:
+def main(out: Path, micro_batch_sequences: int, zero_stage: int, option: str | None) -> None:
     ranks = distributed.start()
     section = {
         **RECIPE["train"],
         "micro_batch_sequences": micro_batch_sequences,
-        **(REGULARIZED if regularized else {}),
+        **(REGULARIZED if option == "regularized" else {}),
     }
     deepspeed = str(PROJECT_ROOT / "ds_configs" / f"zero{zero_stage}.json")
     recipe = parse_recipe({**RECIPE, "train": section, "deepspeed": deepspeed}, "of the test")
@@ -84,19 +89,25 @@ def main(out: Path, micro_batch_sequences: int, zero_stage: int, regularized: bo
     settings = build_deepspeed_config(recipe, batch, config.hidden_size)
     keep_alive = distributed.zero_config(settings)
     model = build_model(recipe.model, config, recipe.precision, recipe.train.seed, keep_alive)
+    if option == "lora":
+        add_adapter(model, LORA, recipe.train.seed)
+        model.enable_input_require_grads()
     distributed.mark_leaf_modules(model, decoder_layers(model))
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), settings)
 
     def weights() -> dict[str, torch.Tensor]:
-        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()}
-        return {n: safe_get_full_fp32_param(p).clone().reshape(shapes[n]) for n, p in model.named_parameters()}
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in trained.items()}
+        return {n: safe_get_full_fp32_param(p).clone().reshape(shapes[n]) for n, p in trained.items()}
 
     result: dict[str, Any] = {"initial": weights(), "loss": [], "norm": [], "weights": []}
     plain_step = engine.step
 
     def step_and_look() -> None:
         if engine.is_gradient_accumulation_boundary() and "gradient" not in result:
-            result["gradient"] = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()}
+            result["gradient"] = {
+                n: safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad
+            }
         plain_step()
 
     engine.step = step_and_look
@@ -113,7 +124,16 @@ def main(out: Path, micro_batch_sequences: int, zero_stage: int, regularized: bo
         batch=batch,
         schedule=Schedule(recipe.optimizer, STEPS),
         evaluate=None,
-        saver=Saver(plan, distributed.ShardedState(engine, ranks), ranks, None, 0, {}, lambda: None, True),
+        saver=Saver(
+            plan,
+            distributed.ShardedState(engine, ranks, trained_only=option == "lora"),
+            ranks,
+            None,
+            0,
+            {},
+            lambda: None,
+            True,
+        ),
         stop_requested=lambda: False,
         embedding_noise=embedding_noise(model, recipe.train),
         output_layer=output_layer(recipe, model, engine, ranks.device) if fused else None,
@@ -131,4 +151,4 @@ def main(out: Path, micro_batch_sequences: int, zero_stage: int, regularized: bo
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["regularized"])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), next(iter(sys.argv[4:]), None))

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_worker import MODEL, RECIPE, REGULARIZED, SEQUENCES, STEPS, ragged_rows
+from engine_worker import LORA, MODEL, RECIPE, REGULARIZED, SEQUENCES, STEPS, ragged_rows
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.neftune import neftune_post_forward_hook
 
@@ -151,6 +152,34 @@ def test_steps_equal_torch_adamw_with_clipping(engine_results: Any, split: tuple
         assert result["norm"][step - 1] == pytest.approx(norm.item(), rel=1e-4)
         assert norm > 0.5, "the clipping did nothing, so it was not tested"
         for name, parameter in model.named_parameters():
+            moved = (parameter - result["initial"][name]).abs().max()
+            difference = (result["weights"][step - 1][name] - parameter).abs().max()
+            assert difference <= 1e-3 * moved, f"{name} after step {step}"
+
+
+def test_adapter_equals_plain_peft_with_torch_adamw(engine_results: Any) -> None:
+    """peft's own way to an adapter, in one process, on the base that the recipe's seed gives."""
+    result = engine_results((2, 2, 3), "lora")
+    config = LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=LORA.targets)
+    model = get_peft_model(plain_model(engine_results((1, 8, 3))["initial"]), config)
+    trained = {n.removeprefix("base_model.model."): p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == result["initial"].keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            assert bool(result["initial"][name].any()) == (".lora_A." in name), "B begins as zeros"
+            parameter.copy_(result["initial"][name])
+    optimizer = torch.optim.AdamW(trained.values(), lr=1.0, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    settings = parse_recipe(RECIPE, "of the test").optimizer
+    for step in range(1, STEPS + 1):
+        loss = big_batch_loss(model, step)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 0.5)
+        optimizer.param_groups[0]["lr"] = Schedule(settings, STEPS).learning_rate(step)
+        optimizer.step()
+        assert result["loss"][step - 1] == pytest.approx(loss.item(), rel=1e-5)
+        assert result["norm"][step - 1] == pytest.approx(norm.item(), rel=1e-4)
+        for name, parameter in trained.items():
             moved = (parameter - result["initial"][name]).abs().max()
             difference = (result["weights"][step - 1][name] - parameter).abs().max()
             assert difference <= 1e-3 * moved, f"{name} after step {step}"

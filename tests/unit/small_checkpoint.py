@@ -120,17 +120,18 @@ def write_checkpoint(
     data_kind: str = "text",
     probe: bool = True,
     tokenizer: bool = True,
+    trained_only: bool = False,
 ) -> Path:
     """Write the checkpoint that `ranks` ranks training `model` (fp32 masters) in `precision` would; its folder.
 
-    Parameters that need no gradient are frozen: stored in `precision`.
+    Parameters that need no gradient are frozen: stored in `precision`, or not at all with `trained_only`.
     """
     run.mkdir(parents=True, exist_ok=True)
     if tokenizer and not (run / "tokenizer").exists():
         make_tokenizer(run / "tokenizer")
     directory = checkpoint_directory(run, step)
     directory.mkdir(parents=True)
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or not trained_only}
     states = {"fp32": 1.0, "exp_avg": 0.01, "exp_avg_sq": 0.0001}
     dtype = TORCH_DTYPES[precision]
     stored = {
