@@ -35,7 +35,7 @@ Group = list[Row]
 """Rows of one source. All may train; the first alone validates or tests, so that these are independent."""
 GENRES = {"a": "press", "b": "press", "c": "press", "j": "learned"}
 GENRES |= dict.fromkeys("defgh", "prose") | dict.fromkeys("klmnpr", "fiction")
-MAIL_WORDS, GENRE_WORDS, PASSAGE_WORDS, DOCUMENT_WORDS = 60, 60, 100, 100
+MAIL_WORDS, GENRE_WORDS, PASSAGE_WORDS, DOCUMENT_WORDS = 45, 60, 100, 100
 PIECES_A_FILE = 3
 TOPICS_LEFT_OUT = ("coding",)  # whose answers are programs, longer than a sequence
 
@@ -139,11 +139,11 @@ def _lines(file: Path) -> Iterator[Row]:
 
 SOURCES: dict[str, tuple[Callable[[], Iterator[tuple[str, Group]]], tuple[int, int, int]]] = {
     "spam": (spam, (400, 60, 300)),
-    "genre": (genre, (250, 40, 200)),
+    "genre": (genre, (250, 40, 150)),
     "translation": (translation, (800, 50, 250)),
     "chat": (chat, (450, 40, 150)),
-    "boolq": (boolq, (300, 50, 250)),
-    "xsum": (xsum, (300, 40, 200)),
+    "boolq": (boolq, (300, 50, 200)),
+    "xsum": (xsum, (300, 40, 150)),
 }
 """Each task's source, and how many groups are for training, validation and test."""
 PARTS = ("train", "validation", "test")
