@@ -211,8 +211,10 @@ def adapter_config(manifest: Manifest) -> tuple["LoraConfig", "PreTrainedModel"]
     """
     lora, pretrained = _recorded(manifest)
     model = meta_model(transformers.AutoConfig.from_pretrained(pretrained, trust_remote_code=False))
+    names = target_names(model, lora)
     config = add_adapter(model, lora, seed=0)
     config.base_model_name_or_path, config.inference_mode = pretrained, True
+    config.target_modules = names  # peft's own is a set, which each process would write in another order
     return config, model
 
 
