@@ -18,8 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gpt.checkpoint.direct import BLOCKS_ON_THE_WAY
 from gpt.checkpoint.files import TensorToWrite, hash_file
-from gpt.checkpoint.format import BLOCK_BYTES, FileEntry, Manifest, Precision, fsync_directory
-from gpt.checkpoint.read import TORCH_DTYPES, empty_model, open_checkpoint
+from gpt.checkpoint.format import BLOCK_BYTES, FileEntry, Precision, fsync_directory
+from gpt.checkpoint.read import TORCH_DTYPES, empty_model
 from gpt.deepspeed_checkpoint import source_of_deepspeed
 from gpt.early_stopping import best_step, better_than
 from gpt.export_check import (
@@ -68,11 +68,10 @@ def export_run(
             say = options.get("say", print)
             say(f"warning: step {better} was better than step {step}, but has no checkpoint; see checkpoint.keep_best")
     found = source_of_run(Path(source), step, describe_data)
-    manifest = open_checkpoint(Path(source), step).manifest
-    if manifest.recipe.get("lora"):
+    if found.recipe is not None and found.recipe.get("lora"):
         if adapter:
-            return export_adapter(found, manifest, out, **options)
-        found = merged(found, manifest)
+            return export_adapter(found, out, **options)
+        found = merged(found)
     elif adapter:
         raise ValueError(f"{source} trained no adapter (its recipe has no lora): leave --adapter out.")
     return export_model(found, out, **options)
@@ -140,7 +139,6 @@ def export_model(
 
 def export_adapter(
     source: ExportSource,
-    manifest: Manifest,
     out: Path,
     *,
     dtype: str | None = None,
@@ -161,7 +159,7 @@ def export_adapter(
     tensors = plan_adapter(source.weights, TORCH_DTYPES[precision])
     if gguf or sum(tensor.size_bytes for tensor in tensors) > parse_size(max_shard_size):
         raise ValueError(f"An adapter is one file for peft; leave --gguf out, and give more than {max_shard_size}.")
-    config, base = adapter_config(manifest)
+    config, base = adapter_config(source)
     expected = expected_of(source, precision) | {"masters": None}
     memory, available = gate_memory(base, expected), available_memory_bytes()
     if available < memory.rest + memory.weights:

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from gpt.checkpoint.files import hash_file
-from gpt.checkpoint.format import Manifest
+from gpt.checkpoint.format import Precision
 from gpt.checkpoint.read import TORCH_DTYPES, open_checkpoint
-from gpt.export_source import CHUNK_ELEMENTS, CheckpointWeights, ExportSource
+from gpt.export_source import CHUNK_ELEMENTS, ExportSource, WeightSource
 from gpt.model import decoder_layers, elements_of, is_run_directory, meta_model
 from gpt.recipe import Lora, Recipe
 from gpt.recipe_file import parse_section
@@ -128,19 +128,18 @@ def add_adapter(model: "PreTrainedModel", lora: Lora, seed: int) -> "LoraConfig"
     return config
 
 
-def _recorded(manifest: Manifest) -> tuple[Lora, str]:
+def _recorded(recipe: dict[str, Any]) -> tuple[Lora, str]:
     """(the adapter's section, its base) of a checkpoint's recipe. Raises ValueError where the base is another now."""
-    lora = parse_section(Lora, manifest.recipe["lora"], "the checkpoint's lora")
-    pretrained = str(manifest.recipe["model"]["pretrained"])
+    lora = parse_section(Lora, recipe["lora"], "the checkpoint's lora")
+    pretrained = str(recipe["model"]["pretrained"])
     _check_pinned(pretrained, lora.base_xxh3, _base_checksum(pretrained))
     return lora, pretrained
 
 
-def _load_base(pretrained: str, manifest: Manifest) -> "PreTrainedModel":
+def _load_base(pretrained: str, precision: Precision) -> "PreTrainedModel":
     """The base as training has it: rounded to its dtype."""
-    dtype = TORCH_DTYPES[manifest.precision]
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        pretrained, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        pretrained, dtype=TORCH_DTYPES[precision], trust_remote_code=False, use_safetensors=True
     )
     return model.eval()
 
@@ -148,23 +147,25 @@ def _load_base(pretrained: str, manifest: Manifest) -> "PreTrainedModel":
 def load_adapted_model(run: Path, dtype: torch.dtype | None = None) -> "PreTrainedModel":
     """A run's base with its newest adapter on it, on the CPU, in evaluation mode; as `load_plain_model` otherwise."""
     reader = open_checkpoint(run)
-    lora, pretrained = _recorded(reader.manifest)
-    model = _load_base(pretrained, reader.manifest)
+    lora, pretrained = _recorded(reader.manifest.recipe)
+    model = _load_base(pretrained, reader.manifest.precision)
     add_adapter(model, lora, seed=0)
+    for parameter in model.parameters():  # not `Module.to`, which would round buffers as well
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
     with torch.no_grad():
         for entry in reader.manifest.parameters:
             model.get_parameter(entry.name).copy_(reader.read_tensor(entry.name))
-    return model.eval().to(dtype) if dtype is not None else model.eval()
+    return model.eval()
 
 
 class MergedWeights:
     """A `WeightSource`: the base's weights, held in memory, to which an adapter's products are added when read."""
 
-    def __init__(self, adapter: CheckpointWeights, manifest: Manifest) -> None:
+    def __init__(self, adapter: WeightSource, recipe: dict[str, Any]) -> None:
         self._adapter = adapter
         self.directory, self.precision, self.config = adapter.directory, adapter.precision, adapter.config
-        lora, pretrained = _recorded(manifest)
-        self._model = _load_base(pretrained, manifest)
+        lora, pretrained = _recorded(recipe)
+        self._model = _load_base(pretrained, adapter.precision)
         self._scale = lora.alpha / lora.rank
         self._parameters = dict(self._model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
@@ -190,10 +191,10 @@ class MergedWeights:
         return self._model.get_buffer(name)
 
 
-def merged(source: ExportSource, manifest: Manifest) -> ExportSource:
+def merged(source: ExportSource) -> ExportSource:
     """An adapter's source as that of the whole model."""
-    assert isinstance(source.weights, CheckpointWeights)
-    weights = MergedWeights(source.weights, manifest)
+    assert source.recipe is not None
+    weights = MergedWeights(source.weights, source.recipe)
     elements, adapter = (
         sum(torch.Size(shape).numel() for shape in part.shapes.values()) for part in (weights, source.weights)
     )
@@ -204,12 +205,13 @@ def merged(source: ExportSource, manifest: Manifest) -> ExportSource:
     return replace(source, weights=weights, card=card, masters=None, merged=True)
 
 
-def adapter_config(manifest: Manifest) -> tuple["LoraConfig", "PreTrainedModel"]:
-    """What peft needs to put a checkpoint's adapter onto its base, and that model on the meta device.
+def adapter_config(source: ExportSource) -> tuple["LoraConfig", "PreTrainedModel"]:
+    """What peft needs to put an adapter onto its base, and that model on the meta device.
 
     Raises ValueError where the base is another now.
     """
-    lora, pretrained = _recorded(manifest)
+    assert source.recipe is not None
+    lora, pretrained = _recorded(source.recipe)
     model = meta_model(transformers.AutoConfig.from_pretrained(pretrained, trust_remote_code=False))
     names = target_names(model, lora)
     config = add_adapter(model, lora, seed=0)

@@ -51,6 +51,15 @@ def adapted_run(folder: Path, model_type: str, precision: str) -> PreTrainedMode
     return live
 
 
+def masters_on_rounded_base(live: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """In fp32: the base's weights as training had them, and the adapter's fp32 masters."""
+    result = in_dtype(in_dtype(live, dtype), torch.float32)
+    for name, parameter in live.named_parameters():
+        if "lora_" in name:
+            result.get_parameter(name).data = parameter.data
+    return result
+
+
 @pytest.mark.parametrize(("model_type", "precision"), [("llama", "bf16"), ("gpt2", "fp32")])
 @pytest.mark.usefixtures("in_process_gate")
 def test_merged_or_alone_the_export_computes_what_the_engine_did(
@@ -69,12 +78,10 @@ def test_merged_or_alone_the_export_computes_what_the_engine_did(
         assert torch.equal(by_peft(input_ids=ids).logits, whole(input_ids=ids).logits)
         loaded = load_adapted_model(tmp_path / "run")
         assert torch.equal(loaded(input_ids=ids).logits, whole(input_ids=ids).logits)
+        wide = load_adapted_model(tmp_path / "run", torch.float32)
+        assert torch.equal(wide(input_ids=ids).logits, masters_on_rounded_base(live, whole.dtype)(input_ids=ids).logits)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
-    # of the base's weights as training had them, and the adapter's fp32 masters
-    exact = in_dtype(in_dtype(live, whole.dtype), torch.float32)
-    for name, parameter in live.named_parameters():
-        if "lora_" in name:
-            exact.get_parameter(name).data = parameter.data
+    exact = masters_on_rounded_base(live, whole.dtype)
     for name, weights in exact.named_parameters():
         if name.endswith("base_layer.weight"):
             layer = exact.get_submodule(name.removesuffix(".base_layer.weight"))
