@@ -294,9 +294,14 @@ def count_parameters(model: "PreTrainedModel") -> tuple[int, int]:
     return total, total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel()))
 
 
+def frozen_elements(model: "PreTrainedModel") -> int:
+    """Number of parameters that are not trained."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
+
+
 def describe_model(model: "PreTrainedModel", precision: str) -> str:
     """Size, class and precision, for the console."""
-    frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
+    frozen = frozen_elements(model)
     of_them = f" ({frozen:,} of them frozen)" if frozen else ""
     return f"{count_parameters(model)[0]:,} parameters{of_them}, {type(model).__name__}, {precision}"
 

@@ -289,7 +289,7 @@ def _run_claimed(
     from gpt import distributed
     from gpt.batch_source import BatchSource
     from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import count_parameters
+    from gpt.model import count_parameters, frozen_elements
     from gpt.optimizer import build_optimizer
     from gpt.resume import load_newest, resume, samples_left_out
     from gpt.step_trace import step_trace
@@ -312,7 +312,8 @@ def _run_claimed(
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
     output = output_layer(recipe, model, engine, ranks.device)
-    matrices, peak = count_parameters(model)[1], measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
+    (elements, matrices), frozen = count_parameters(model), frozen_elements(model)
+    peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
     metrics = _open_metrics(plan, owner, resumed, model, fused=output is not None)
     trainer = Trainer(
         recipe=recipe,
@@ -336,7 +337,7 @@ def _run_claimed(
             layers,
             plan.config.get_text_config().hidden_size,
             recipe.data.sequence_length,
-            beside_adapter=matrices - saved_elements(recipe, plan.config) if recipe.lora is not None else 0,
+            beside_adapter=matrices - (elements - frozen) if recipe.lora is not None else 0,
         ),
         peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
         first_step=resumed + 1,
