@@ -46,7 +46,7 @@ install_trainyard() {
   # Not every platform has wheels of the fast tokenizer engines (30 MB installed), and nothing needs them: there,
   # everything else is installed.
   install=(.venv/bin/python -m pip install --quiet --constraint constraints.txt)
-  "${install[@]}" --only-binary gigatoken,tiktoken,awkward-cpp --editable ".[test,lint,serve,fast,language]" || {
+  "${install[@]}" --only-binary gigatoken,tiktoken,awkward-cpp --editable ".[test,lint,serve,language,fast]" || {
     echo "trainyard: the fast tokenizer engines cannot be installed here; going on without them ..." >&2
     "${install[@]}" --editable ".[test,lint,serve,language]"
   }

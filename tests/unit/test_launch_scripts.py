@@ -70,7 +70,7 @@ def test_installs_the_tested_versions_once(checkout: Path) -> None:
     assert install(checkout).returncode == 0
     assert install(checkout).returncode == 0
     arguments = (checkout / "installed.txt").read_text().splitlines()
-    fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,serve,fast,language]"
+    fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,serve,language,fast]"
     assert arguments == [f"-m pip install --quiet --constraint constraints.txt {fast}", "-m launch.prebuild"]
     with (checkout / "constraints.txt").open("a") as file:
         file.write("another==1\n")
