@@ -95,9 +95,8 @@ def unpack(package: str, folder: Path) -> str:
 def run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(
-            f"{' '.join(command)} failed: {done.stderr.strip()} (this needs Debian; run apt-get update once before)"
-        )
+        hint = " (this needs Debian; run apt-get update once before)" if command[0] in ("apt-get", "dpkg-deb") else ""
+        raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()}{hint}")
 
 
 def documents_of(folder: Path) -> Iterator[str]:

@@ -1,10 +1,12 @@
-"""One rank of `train.py`'s other side: `transformers.Trainer` with DeepSpeed ZeRO, or torch's DDP, on the same rows.
+"""One rank of `train.py`'s other side, on the same rows: `transformers.Trainer` or accelerate with DeepSpeed ZeRO, or
+torch's DDP.
 
 python -m torch.distributed.run … train_peer.py PEER SETTINGS.json
 
 Each rank leaves rank_N.json beside the settings: when each step ended (seconds of the epoch), losses and peak memory.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from accelerate import Accelerator, DeepSpeedPlugin
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gpt.metrics import peak_memory_gib
@@ -43,8 +46,8 @@ class Clock(TrainerCallback):
         self.ends.append(time.time())
 
 
-def run_hf_trainer(settings: dict[str, Any]) -> list[float]:
-    """transformers' documentation of DeepSpeed, with its file of "auto"s; nothing is evaluated or saved."""
+def deepspeed_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """The file of "auto"s in transformers' documentation of DeepSpeed."""
     zero = {
         "stage": settings["stage"],
         "overlap_comm": True,
@@ -59,10 +62,19 @@ def run_hf_trainer(settings: dict[str, Any]) -> list[float]:
             "stage3_max_live_parameters": 1e9,
             "stage3_max_reuse_distance": 1e9,
         }
-    config = {
+    return {
         "bf16": {"enabled": "auto"}, "zero_optimization": zero, "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
     }  # fmt: skip
+
+
+def build_model(settings: dict[str, Any]) -> Any:
+    fields = dict(settings["model"])
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+
+
+def run_hf_trainer(settings: dict[str, Any]) -> list[float]:
+    """transformers' documentation of DeepSpeed; nothing is evaluated or saved."""
     # on a CPU the Trainer joins torch's process group only, and DeepSpeed would take the run for one of a single rank
     deepspeed.init_distributed("gloo")
     arguments = TrainingArguments(
@@ -73,17 +85,39 @@ def run_hf_trainer(settings: dict[str, Any]) -> list[float]:
         weight_decay=settings["weight_decay"],
         gradient_checkpointing=settings["checkpointing"],
         bf16=True,
-        deepspeed=config,
+        deepspeed=deepspeed_config(settings),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
     )
-    fields = dict(settings["model"])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     clock = Clock()
-    Trainer(model=model, args=arguments, train_dataset=Rows(settings["rows"]), callbacks=[clock]).train()
+    dataset = Rows(settings["rows"])
+    Trainer(model=build_model(settings), args=arguments, train_dataset=dataset, callbacks=[clock]).train()
     return clock.ends
+
+
+def run_accelerate(settings: dict[str, Any]) -> list[float]:
+    """accelerate's documentation of DeepSpeed: `prepare`, then a plain loop."""
+    deepspeed.init_distributed("gloo")
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings), zero3_init_flag=settings["stage"] == 3)
+    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=1, deepspeed_plugin=plugin)
+    model = build_model(settings).train()
+    if settings["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    options = {"lr": settings["learning_rate"], "weight_decay": settings["weight_decay"]}
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    loader = torch.utils.data.DataLoader(Rows(settings["rows"]), batch_size=settings["micro_batch"])
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    ends: list[float] = []
+    for batch in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), settings["steps"]):
+        loss = model(**batch, use_cache=False).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append(time.time())
+    return ends
 
 
 def run_ddp(settings: dict[str, Any]) -> list[float]:
@@ -91,8 +125,7 @@ def run_ddp(settings: dict[str, Any]) -> list[float]:
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), settings["micro_batch"]
     torch.manual_seed(0)
-    fields = dict(settings["model"])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).train()
+    model = build_model(settings).train()
     if settings["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -113,7 +146,7 @@ def run_ddp(settings: dict[str, Any]) -> list[float]:
     return ends
 
 
-PEERS = {"hf_trainer": run_hf_trainer, "ddp": run_ddp}
+PEERS = {"hf_trainer": run_hf_trainer, "accelerate": run_accelerate, "ddp": run_ddp}
 
 
 def main() -> None:

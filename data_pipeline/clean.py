@@ -4,6 +4,7 @@ import functools
 import itertools
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
@@ -24,6 +25,9 @@ SHORT_LINE_CHARACTERS = 30
 _LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+")
 _IS_CONTROL = bytes((code < 0x20 and code not in b"\t\n") or code == 0x7F for code in range(256))
+_OTHER_CONTROL = tuple(
+    map(re.compile, (rb"\xc2[\x80-\x9f]", rb"\xe2\x80[\xa8\xa9]", rb"\xef(?:\xbb\xbf|\xbf[\xbe\xbf])"))
+)
 _NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha() and chr(code) != " ")
 _NOT_ASCII = re.compile(rb"[\x80-\xff](?<![^ ].)[\x80-\xff]*(?![^ ])")  # whole words of it
 _PARAGRAPH = re.compile(r"\n\s*\n")
@@ -196,7 +200,8 @@ def _repair_encoding(text: str) -> str:
 
 
 def _remove_control_characters(text: str) -> str:
-    if text.isascii() and 1 not in text.encode().translate(_IS_CONTROL):
+    data = text.encode()
+    if 1 not in data.translate(_IS_CONTROL) and not any(pattern.search(data) for pattern in _OTHER_CONTROL):
         return text
     return _CONTROL.sub("", _LINE_END.sub("\n", text))
 
@@ -227,9 +232,10 @@ class _Text:
         return " ".join(self.words)
 
     @functools.cached_property
-    def numbers(self) -> dict[str, int]:
-        """The different words, numbered."""
-        return dict(zip(dict.fromkeys(self.words), itertools.count(), strict=False))
+    def numbered(self) -> tuple[dict[str, int], np.ndarray]:
+        """The different words, numbered as they come, and the numbers of all words."""
+        numbers: dict[str, int] = defaultdict(itertools.count().__next__)
+        return numbers, np.fromiter(map(numbers.__getitem__, self.words), np.int64, len(self.words))
 
     @functools.cached_property
     def lines(self) -> list[str]:
@@ -266,7 +272,7 @@ def _gopher_quality(text: _Text, bounds: Any) -> Iterator[Measure]:
     yield "ellipsis_lines", sum(map(str.endswith, lines, itertools.repeat(_ELLIPSES))) / len(lines)
     yield "alphabetic_words", _lettered_words(text) / count
     if bounds.min_stop_words is not None:
-        yield "stop_words", sum(word in text.numbers for word in set(bounds.stop_words))
+        yield "stop_words", sum(word in text.numbered[0] for word in set(bounds.stop_words))
 
 
 def _fineweb_quality(text: _Text, bounds: Any) -> Iterator[Measure]:
@@ -305,8 +311,8 @@ def _n_grams(text: _Text, enough: float) -> Iterator[Measure]:
     where the share is not above ``enough``, as it only falls with n.
     """
     words = text.words
-    ids = np.fromiter(map(text.numbers.__getitem__, words), np.int64, len(words))
-    lengths = np.fromiter(map(len, text.numbers), np.int64, len(text.numbers))
+    numbers, ids = text.numbered
+    lengths = np.fromiter(map(len, numbers), np.int64, len(numbers))
     starts = np.concatenate([[0], np.cumsum(lengths[ids])])
     more = (np.bincount(ids) > 1)[ids]
     places = np.flatnonzero(more[:-1] & more[1:])

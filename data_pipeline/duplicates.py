@@ -87,18 +87,23 @@ def mark_near(plan: Plan) -> None:
     )
     for [parts] in zip(*_buckets([hash_paths]), strict=True):
         hashes = np.concatenate([part for _, part in parts])
+        spans = [(edge, part.size) for edge, part in parts]
+        parts.clear()  # of a full bucket 128 MiB, as is each array that follows
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
         linked = np.flatnonzero(hashes[1:] == hashes[:-1])
-        del hashes  # of a full bucket 128 MiB
+        del hashes
         documents = np.concatenate(
             [
-                np.fromfile(path, "<u4", part.size, offset=4 * edge) + (begin - first)
-                for path, begin, (edge, part) in zip(place_paths, begins, parts, strict=False)
+                np.fromfile(path, "<u4", size, offset=4 * edge) + (begin - first)
+                for path, begin, (edge, size) in zip(place_paths, begins, spans, strict=False)
             ]
         )
         documents %= max(1, above.size)
-        _join(above, documents[order[linked]], documents[order[linked + 1]])
+        ones, others = documents[order[linked]], documents[order[linked + 1]]
+        del documents, order, linked
+        _join(above, ones, others)
+        del ones, others
     for begin, end, unit in zip(begins, begins[1:], plan.units, strict=False):
         documents = (np.arange(begin, end) - first) % max(1, above.size)
         repeated = _roots(above, documents) != documents

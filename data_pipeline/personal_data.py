@@ -49,9 +49,11 @@ _CARD = re.compile(
     r"[2-6](?<![\w.+-].)[0-9]{3}([ -]?)(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5})(?![\w-]|\.[0-9])"
 )
 _ISSUER = re.compile(r"4|5[1-5]|2[2-7]|3[04578]|6[05]")
+# What each secret has in it. Searches for one character that few texts hold are several times as fast as for words.
 _SECRET_MARKS = (
-    *("PRIVATE KEY-----", "AKIA", "ASIA", "AIza", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
-    *("glpat-", "xox", "hf_", "sk-", "k_live_", "k_test_", "eyJ"),
+    *(re.compile("PRIVATE KEY-----"), re.compile("A(?:KIA|SIA|Iza)"), re.compile("J(?<=eyJ)"), re.compile("xox")),
+    re.compile("_(?:(?<=gh[pousr]_)|(?<=github_pat_)|(?<=hf_)|(?<=k_live_)|(?<=k_test_))"),
+    re.compile("-(?:(?<=sk-)|(?<=glpat-))"),
 )
 _SECRET = re.compile(
     r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\s\S]{1,10000}?-----END [A-Z ]{0,20}PRIVATE KEY-----"
@@ -96,11 +98,12 @@ def _numeric_lines(text: str) -> str:
     """The lines with digits enough for a number of any kind."""
     data = text.encode()
     characters = np.frombuffer(data, np.uint8)
-    edges = [-1, *np.flatnonzero(characters == ord("\n")).tolist(), len(data)]
+    ends = np.append(np.flatnonzero(characters == ord("\n")), len(data))
     digits = np.flatnonzero(characters - ord("0") < 10)
-    counts = np.bincount(np.searchsorted(edges, digits))
-    numeric = np.flatnonzero(counts >= FEWEST_DIGITS).tolist()
-    return b"\n".join([data[edges[place - 1] + 1 : edges[place]] for place in numeric]).decode()
+    numeric = np.diff(np.searchsorted(digits, ends), prepend=0) >= FEWEST_DIGITS
+    begins = np.append(0, ends[:-1] + 1)[numeric]
+    spans = zip(begins.tolist(), ends[numeric].tolist(), strict=True)
+    return b"\n".join([data[begin:end] for begin, end in spans]).decode()
 
 
 def _of_numeric_lines(replace: Callable[[str], str]) -> Callable[[str], str]:
@@ -114,7 +117,10 @@ def _of_numeric_lines(replace: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def replace_email(text: str) -> str:
-    return _EMAIL.sub(placeholder("email"), text) if "@" in text else text
+    if "@" not in text:
+        return text
+    mark = placeholder("email")
+    return "\n".join([_EMAIL.sub(mark, line) if "@" in line else line for line in text.split("\n")])
 
 
 @_of_numeric_lines
@@ -157,7 +163,7 @@ def replace_card_number(text: str) -> str:
 
 
 def replace_secret_key(text: str) -> str:
-    return _SECRET.sub(placeholder("secret_key"), text) if any(mark in text for mark in _SECRET_MARKS) else text
+    return _SECRET.sub(placeholder("secret_key"), text) if any(mark.search(text) for mark in _SECRET_MARKS) else text
 
 
 # the longest numbers first: an account or card number must not be taken for a telephone number

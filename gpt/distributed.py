@@ -22,7 +22,14 @@ import torch.distributed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from transformers.integrations import HfDeepSpeedConfig
 
+from gpt.phase_clock import PhaseClock
 from gpt.run_directory import NotMetError
+
+COLLECTIVES = (
+    *("all_gather", "all_gather_into_tensor", "all_gather_coalesced", "reduce_scatter", "reduce_scatter_tensor"),
+    *("all_reduce", "reduce", "broadcast", "all_to_all_single"),
+)
+"""Of DeepSpeed's backend, by which ZeRO calls them."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,13 @@ def initialize_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     """The DeepSpeed engine around model and optimizer."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+def watch_collectives(clock: PhaseClock) -> None:
+    """From now on DeepSpeed's collectives tell the clock their bytes, and how long this rank waits in them."""
+    backend = deepspeed.comm.comm.cdb
+    for name in COLLECTIVES:
+        setattr(backend, name, clock.watched(getattr(backend, name)))
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gpt.checkpoint.direct import BLOCKS_ON_THE_WAY
 from gpt.checkpoint.files import TensorToWrite, hash_file
 from gpt.checkpoint.format import BLOCK_BYTES, FileEntry, Precision, fsync_directory
 from gpt.checkpoint.read import TORCH_DTYPES, empty_model
@@ -220,7 +221,7 @@ def _check_room(
     names = {tensor.name for tensor in tensors}
     joined = [p.numel() for name, p in model.named_parameters() if name not in names]
     converted = max([2 * CHUNK_ELEMENTS, *(2 * elements for elements in joined)]) * 4
-    writing = converted + source.weights.memory_bytes + 2 * BLOCK_BYTES
+    writing = converted + source.weights.memory_bytes + (BLOCKS_ON_THE_WAY + 1) * BLOCK_BYTES
     place = next(parent for parent in out.absolute().parents if parent.exists())
     weights = sum(tensor.size_bytes for tensor in tensors)
     free, needed = shutil.disk_usage(place).free, weights * (2 if gguf else 1) + OTHER_FILES_BYTES

@@ -12,12 +12,14 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt.checkpoint.format import Greedy
+from gpt.goodput import computing_seconds
 from gpt.run_directory import RunDirectory, json_lines
 
 GIB = 2**30
@@ -58,7 +60,9 @@ class MetricsWriter:
         run = self._run
         path = run.path / "metrics.jsonl"
         run.check_ownership()
-        _drop_lines_after(path, resumed_step)
+        kept = _drop_lines_after(path, resumed_step)
+        self._first_start = next((event["time"] for event in run.events("start")), time.time())
+        self._computing_seconds = sum(map(computing_seconds, kept))
         self._file = path.open("ab", buffering=0)
         self._pending = b""
         self._writing = threading.Lock()
@@ -78,10 +82,12 @@ class MetricsWriter:
         return SummaryWriter(str(self._run.path / "tensorboard"), purge_step=purge_step, flush_secs=10)
 
     def write(self, step: int, record: Record) -> None:
-        """Append the record of a step. A number that is not finite is written as null.
+        """Append the record of a step, with the run's goodput. A number that is not finite is written as null.
 
         What a full disk does not take now waits: for the next step's line, TensorBoard's for the next `sync`.
         """
+        self._computing_seconds += computing_seconds(record)
+        record = record | {"run/goodput": self._computing_seconds / max(1e-9, time.time() - self._first_start)}
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         self._check_ownership()
         with self._writing:
@@ -193,12 +199,14 @@ def recent_losses(path: Path, count: int) -> tuple[list[tuple[int, float]], int]
     return list(losses), in_a_row
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the whole lines up to `step`; what a later start rewrites, or a kill cut short, goes."""
-    kept = [json.dumps(record) + "\n" for record in json_lines(path) if record["step"] <= step]
+def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the whole lines up to `step`, and return their records; what a later start rewrites, or a kill cut short,
+    goes."""
+    kept = [record for record in json_lines(path) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     temporary.replace(path)
+    return kept
 
 
 def flops_per_token(matrix_parameters: int, layers: int, hidden_size: int, sequence_length: int) -> float:

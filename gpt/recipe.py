@@ -394,6 +394,9 @@ class Recipe(Section):
     compile: Literal["auto", True, False] = "auto"
     """Compile the decoder layers with torch.compile. auto: on for CUDA devices, off on a CPU, where the first
     compilation takes longer than short runs gain."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """How attention is computed, by transformers' names. auto: transformers' choice, sdpa where the model has it.
+    flash_attention_2 needs a CUDA device and the package flash-attn; it was not run here."""
     fused_loss: Literal["auto", False] = "auto"
     """Compute the output layer and the loss together, 512 tokens at a time, so that a forward's logits never take
     memory as a whole; the gradient of the output layer's weights is meanwhile held in fp32. auto: on where the logits

@@ -28,7 +28,7 @@ from gpt.recipe_file import PROJECT_ROOT, parse_recipe, read_mapping
 
 FREE_FIELDS = (
     "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "data.remote", "deepspeed", "compile",
-    "fused_loss", "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging", "profile",
+    "attention", "fused_loss", "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging", "profile",
     "faults",
 )  # fmt: skip
 ANNOUNCED_FIELDS = (

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ from gpt.checkpoint.write import (
 from gpt.distributed import Ranks, ShardedState
 from gpt.metrics import say
 from gpt.optimizer import state_names
+from gpt.phase_clock import PhaseClock
 from gpt.run_directory import RunDirectory, package_versions
 
 if TYPE_CHECKING:
@@ -125,8 +126,8 @@ class Saver:
             for name, parameter in state.parameters.items()
         )
         self._ranges = [state.range(name) for name in state.parameters]
-        self.stall_seconds = 0.0
-        """Seconds that training has waited for saves; whoever records them sets it to 0."""
+        self.clock = PhaseClock(ranks.device)
+        """Has the seconds for which training has waited for saves; the trainer counts its own phases there, too."""
         self.failed_saves = 0
         self.committed_step = 0
         """Step of the last commit of this start that all ranks know of."""
@@ -306,13 +307,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    @contextlib.contextmanager
-    def _stalling(self) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stall_seconds += time.perf_counter() - started
+    def _stalling(self) -> contextlib.AbstractContextManager[None]:
+        return self.clock.phase("checkpoint_stall")
 
     def _work(self, save: _Save) -> None:
         """The thread of one save."""

@@ -374,9 +374,10 @@ def _fit(trainer: Any) -> int | None:
 def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrainedModel", int, Callable[[], Any]]:
     """The model as the recipe wants it, its number of decoder layers, and what switches compiled layers off."""
     from gpt import distributed
-    from gpt.model import CompiledLayers, build_model, checkpoint_gradients, decoder_layers
+    from gpt.model import CompiledLayers, build_model, checkpoint_gradients, choose_attention, decoder_layers
 
     recipe = plan.recipe
+    choose_attention(plan.config, recipe.attention)
     model = build_model(recipe.model, plan.config, recipe.precision, recipe.train.seed, zero)
     layers = decoder_layers(model)
     distributed.mark_leaf_modules(model, layers)

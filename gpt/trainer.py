@@ -26,6 +26,7 @@ from gpt.heartbeat import STRAGGLER_STEPS, Heartbeat, Stragglers, busy_seconds, 
 from gpt.loss import OutputLayer, loss_for_backward, smoothed_cross_entropy_sums
 from gpt.metrics import Evaluation, MetricsWriter, Record, host_metrics, peak_memory_gib, recent_losses
 from gpt.optimizer import Schedule
+from gpt.phase_clock import STEP_PHASES, TAGS
 from gpt.recipe import Recipe
 from gpt.run_directory import RunDirectory
 from gpt.saver import Saver
@@ -46,7 +47,6 @@ class StepBatch:
     """Whether a rank was asked to stop."""
     started: float
     """`perf_counter` when the step began to wait for its data."""
-    data_wait_seconds: float
 
 
 @dataclass
@@ -81,6 +81,8 @@ class Trainer:
     trace: StepTrace | None = None
 
     def __post_init__(self) -> None:
+        self.clock = self.saver.clock
+        distributed.watch_collectives(self.clock)
         self._stragglers = Stragglers()
         self._stop_at = self.schedule.total_steps
         self._loaded_step = self.first_step - 1
@@ -132,8 +134,9 @@ class Trainer:
             return self._roll_back(step, self._fault)
         if self.evaluate is not None and self._is_due(step, self.recipe.evaluate.every_steps):
             self._phase(f"evaluation at step {step}")
-            evaluation = self.evaluate(self)
-            record |= evaluation.metrics
+            with self.clock.phase("evaluation"):
+                evaluation = self.evaluate(self)
+            record |= evaluation.metrics | _named(self.clock.take(["evaluation"]))
             if self.metrics is not None and evaluation.sample_text is not None:
                 self.metrics.write_text("evaluate/sample", evaluation.sample_text, step)
             if self._patience is not None and step < self.schedule.total_steps:
@@ -141,8 +144,9 @@ class Trainer:
                 if reason := self._patience.see(step, value):
                     self._end_early(step, reason)
         if self.metrics is not None:
-            self._watch_gap(step, record)
-            self.metrics.write(step, record)
+            with self.clock.phase("logging"):
+                self._watch_gap(step, record)
+                self.metrics.write(step, record)
         save = self._postponed or self._is_due(step, self.recipe.checkpoint.every_steps)
         # what a run goes back to has to be good: nothing is saved amid skipped steps or spikes, but at the end
         self._postponed = save and self._watch.suspicious and step != self._stop_at
@@ -153,14 +157,15 @@ class Trainer:
     def take(self, step: int) -> "StepBatch":
         """This rank's part of a global batch, and what all ranks must know of it, in one collective."""
         started = time.perf_counter()
-        forwards = self.batches.take(step)
-        waited = time.perf_counter() - started
+        with self.clock.phase("data_wait"):
+            forwards = self.batches.take(step)
         self._phase("step")
         mine = [sum(int(f.mask.sum()) for f in forwards), self.stop_requested(), self.saver.state()]
-        everyone = distributed.gather_floats(mine, self.ranks)
+        with self.clock.collective():
+            everyone = distributed.gather_floats(mine, self.ranks)
         self.saver.hear(everyone[:, 2])
         position, target_tokens = self.batches.first_position(step), int(everyone[:, 0].sum())
-        return StepBatch(forwards, position, target_tokens, bool(everyone[:, 1].any()), started, waited)
+        return StepBatch(forwards, position, target_tokens, bool(everyone[:, 1].any()), started)
 
     def _stop(self, step: int) -> None:
         """Leave after `step`, which is saved unless it already is."""
@@ -203,21 +208,27 @@ class Trainer:
         loss_sum = self._accumulate(batch)
         # on a CPU a rank sleeps while it waits for another one; a GPU's host tells nothing
         busy = busy_seconds() - busy if self.ranks.device.type == "cpu" else 0.0
-        square = distributed.gradient_square(self.engine)
-        stall, self.saver.stall_seconds = self.saver.stall_seconds, 0.0
-        mine = [float(loss_sum), square, busy, batch.data_wait_seconds, peak_memory_gib(self.ranks.device), stall]
-        everyone = distributed.gather_floats(mine, self.ranks)
+        with self.clock.phase("optimizer"):
+            square = distributed.gradient_square(self.engine)
+        waits = [self.clock.so_far("data_wait"), self.clock.so_far("checkpoint_stall")]
+        mine = [float(loss_sum), square, busy, peak_memory_gib(self.ranks.device), *waits]
+        with self.clock.collective():
+            everyone = distributed.gather_floats(mine, self.ranks)
         loss = float(everyone[:, 0].sum()) / target_tokens
         # DeepSpeed sums the squares in fp32, too
-        if np.isfinite(loss) and everyone[:, 1].sum() < np.finfo(np.float32).max:
-            self.engine.step()
-        else:
-            distributed.discard_gradients(self.engine)
+        with self.clock.phase("optimizer"):
+            if np.isfinite(loss) and everyone[:, 1].sum() < np.finfo(np.float32).max:
+                self.engine.step()
+            else:
+                distributed.discard_gradients(self.engine)
         applied = self.engine.was_step_applied()
         self._fault = self._watch.see(step, loss, applied=applied, can_go_back=self._can_go_back())
+        seconds, phases = time.perf_counter() - started, self.clock.take(STEP_PHASES)
         if not applied:
             self._explain_skip(step, batch, loss, random)
-        return self._record(step, loss, target_tokens, learning_rate, time.perf_counter() - started, everyone)
+            self.clock.take(STEP_PHASES)  # it is of no step
+        with self.clock.phase("logging"):
+            return self._record(step, loss, target_tokens, learning_rate, seconds, phases, everyone)
 
     def _accumulate(self, batch: StepBatch, *, whole_logits: bool = False) -> torch.Tensor:
         """The forwards and backwards of one step, whose gradient then waits for the update; this rank's loss sum, which
@@ -228,10 +239,12 @@ class Trainer:
         for number, forward in enumerate(batch.forwards):
             if number:
                 self.engine.step()  # no update yet: by these calls DeepSpeed counts its micro-batches
-            with self.embedding_noise(position + number * self.batch.rows_per_forward):
+            noise = self.embedding_noise(position + number * self.batch.rows_per_forward)
+            with self.clock.phase("forward"), noise:
                 minimised, part = self._loss_sums(forward, None if whole_logits else self.output_layer)
-            loss = loss_for_backward(minimised, batch.target_tokens, self.ranks.world_size)
-            self.engine.backward(loss, scale_wrt_gas=False)
+                loss = loss_for_backward(minimised, batch.target_tokens, self.ranks.world_size)
+            with self.clock.phase("backward"):
+                self.engine.backward(loss, scale_wrt_gas=False)
             loss_sum += part
         self.saver.wait_copied()
         return loss_sum
@@ -364,7 +377,14 @@ class Trainer:
         return self.engine(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
     def _record(
-        self, step: int, loss: float, target_tokens: int, learning_rate: float, seconds: float, everyone: np.ndarray
+        self,
+        step: int,
+        loss: float,
+        target_tokens: int,
+        learning_rate: float,
+        seconds: float,
+        phases: dict[str, float],
+        everyone: np.ndarray,
     ) -> Record:
         if not self.ranks.is_first:
             return {}
@@ -386,15 +406,17 @@ class Trainer:
             "performance/tokens_per_second": tokens / seconds,
             "performance/model_flops_utilization": flops / self.peak_flops if flops else None,
             "performance/step_seconds": seconds,
-            "performance/data_wait_seconds": float(everyone[:, 3].max()),
+            **_named(phases),
+            "performance/data_wait_seconds": float(everyone[:, 4].max()),
             "performance/checkpoint_stall_seconds": float(everyone[:, 5].max()),
+            "performance/communication_bytes": self.clock.take_bytes(),
             "performance/slowest_rank_ratio": float(busy.max() / busy.mean()) if busy.any() else None,
             "checkpoint/seconds_since_commit": time.monotonic() - self.saver.committed_at,
             "checkpoint/bytes": self.saver.size_bytes,
             "checkpoint/failed_saves": self.saver.failed_saves,
             "run/restarts": self.restarts,
             "run/rollbacks": self.rollbacks,
-            "memory/peak_gib": float(everyone[:, 4].max()),
+            "memory/peak_gib": float(everyone[:, 3].max()),
             **host_metrics(self.run),
             "sample_digest": self.batches.digest(step),
         }
@@ -446,10 +468,13 @@ class Trainer:
     @torch.no_grad()
     def _run_probe(self, step: int) -> None:
         """The probe of the save of `step` by a forward of its own."""
-        started = time.perf_counter()
-        self.engine.eval()
-        row = self.batches.first_row(step + 1)
-        with self.uncompiled():
-            logits = self.forward(row.input_ids, row.position_ids)
-        self.saver.stall_seconds += time.perf_counter() - started
+        with self.clock.phase("checkpoint_stall"):
+            self.engine.eval()
+            row = self.batches.first_row(step + 1)
+            with self.uncompiled():
+                logits = self.forward(row.input_ids, row.position_ids)
         self.saver.give_probe(logits, row)
+
+
+def _named(phases: dict[str, float]) -> Record:
+    return {TAGS[name]: seconds for name, seconds in phases.items()}

@@ -5,7 +5,6 @@ Nothing here raises for what is missing or damaged: it is left out, and `RunFact
 
 import contextlib
 import json
-import re
 import socket
 import time
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ import psutil
 import yaml
 
 from gpt.checkpoint.format import MANIFEST_NAME, checkpoint_directory, list_checkpoints
+from gpt.goodput import computing_seconds
 from gpt.heartbeat import Beat, read_beats
 from gpt.run_directory import claim_file, newest_generation, process_space
 from launch.log_folder import OUTCOME_NAME, launcher_of
@@ -26,6 +26,16 @@ from launch.slurm_record import JobRecord, find_job
 Event = dict[str, Any]
 RECENT_STEPS = 100
 """Records of metrics.jsonl that loss, its trend and the speed are taken from."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Sums over all lines of metrics.jsonl: the steps that count."""
+
+    first_step_began: float | None = None
+    computing_seconds: float = 0.0
+    phases_seconds: dict[str, float] = field(default_factory=dict)
+    """Of `data_wait`, `evaluation`, `checkpoint_stall` and `logging`."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,7 @@ class RunFacts:
     """The last RECENT_STEPS lines of metrics.jsonl."""
     evaluation: Event | None
     """The newest line of metrics.jsonl with a validation loss."""
-    trained_seconds: float
-    """Of all steps that count."""
+    trained: Trained
     checkpoint: tuple[int, float] | None
     """Step of the newest committed checkpoint, and when that was."""
     hang_seconds: float
@@ -118,7 +127,7 @@ def read_facts(run: Path) -> RunFacts:
         outcomes=sorted(outcomes, key=lambda event: event["time"]),
         records=records,
         evaluation=_last_evaluation(metrics),
-        trained_seconds=sum(map(float, re.findall(rb'"performance/step_seconds": ([\d.e+-]+)', metrics))),
+        trained=_trained(metrics),
         checkpoint=_newest_checkpoint(run),
         hang_seconds=_hang_seconds(run, problems),
         launching=_living_launcher(run),
@@ -164,6 +173,21 @@ def _parse(lines: Iterable[bytes], keys: tuple[str, ...], name: str, problems: l
     if damaged:
         problems.append(f"{damaged} line{'s' * (damaged > 1)} of {name} cut short or damaged: left out here")
     return found
+
+
+def _trained(metrics: bytes) -> Trained:
+    began, computing = None, 0.0
+    phases = dict.fromkeys(("data_wait", "evaluation", "checkpoint_stall", "logging"), 0.0)
+    for line in metrics.splitlines():
+        with contextlib.suppress(ValueError):
+            record = orjson.loads(line)
+            if not isinstance(record, dict) or "time" not in record:
+                continue
+            began = began or record["time"] - (record.get("performance/step_seconds") or 0.0)
+            computing += computing_seconds(record)
+            for name in phases:
+                phases[name] += record.get(f"performance/{name}_seconds") or 0.0
+    return Trained(began, computing, phases)
 
 
 def _claim(run: Path, generation: int, problems: list[str]) -> Event:

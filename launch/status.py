@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt.goodput import account
 from gpt.heartbeat import Beat
 from launch.run_facts import Event, RunFacts, is_running, read_facts
 from launch.submitted import is_sweep, read_sweep
@@ -211,13 +212,20 @@ def _checkpoint(facts: RunFacts) -> dict[str, Any] | None:
 
 
 def _goodput(facts: RunFacts, state: State) -> dict[str, float] | None:
-    """The share of the time since the first start that went into steps that count, up to now or to its last sign."""
+    """The share of the time since the first start in which steps were computed that count, up to now or to the last
+    sign, and the seconds of everything else; `other` is what no phase tells of."""
     first = next((event for event in facts.events if event["event"] == "start"), None)
     if first is None:
         return None
     until = facts.now if state.name in UNFINISHED_STATES else facts.last_sign or facts.now
     seconds = until - first["time"]
-    return {"share": facts.trained_seconds / seconds, "seconds": seconds} if seconds > 0 else None
+    if seconds <= 0:
+        return None
+    parts = {"computing": facts.trained.computing_seconds, **facts.trained.phases_seconds}
+    life = account(facts.events, facts.trained.first_step_began, until)
+    parts |= {name: life[name] for name in ("starting", "lost", "down")}
+    parts["other"] = seconds - sum(parts.values())
+    return {"share": parts["computing"] / seconds, "seconds": seconds, **{f"{k}_seconds": v for k, v in parts.items()}}
 
 
 def _rank(beat: Beat, facts: RunFacts) -> dict[str, Any]:
@@ -287,9 +295,10 @@ def describe(found: dict[str, Any]) -> list[str]:
         lines.append(f"skipped steps: {found['skipped_steps'] or 0:.0f}, rollbacks: {found['rollbacks']}")
     if found["goodput"]:
         share, seconds = found["goodput"]["share"], found["goodput"]["seconds"]
-        lines.append(
-            f"goodput: {share:.0%} of the {duration(seconds)} since the first start went into steps that count"
-        )
+        lines.append(f"goodput: {share:.0%} of the {duration(seconds)} since the first start computed what counts")
+        rest = {k.removesuffix("_seconds"): v for k, v in found["goodput"].items() if k not in ("share", "seconds")}
+        del rest["computing"]
+        lines.append("the rest: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g} s" for k, v in rest.items()))
     if found["job"]:
         lines.append(f"job {found['job']['id']}: {found['job']['says']}")
     if ranks := found["ranks"]:

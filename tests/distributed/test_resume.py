@@ -9,6 +9,8 @@ import torch
 from live_runs import GPT2_WITH_DROPOUT, Runs, comparable
 
 from gpt.checkpoint.read import open_checkpoint
+from gpt.phase_clock import COMPUTING, STEP_PHASES
+from launch import status
 
 
 def all_tensors(run: Path) -> dict[str, torch.Tensor]:
@@ -47,11 +49,81 @@ def test_killed_run_equals_uninterrupted_run(reference: Runs) -> None:
     assert all_tensors(reference.directory("killed"))["exp_avg_sq/model.norm.weight"].abs().sum() > 0
 
 
+def test_goodput_of_a_killed_run(reference: Runs) -> None:
+    """Of the run of the test before."""
+    found = status.report(reference.directory("killed"))["goodput"]
+    events = reference.events("killed")
+    [again], [resume] = ([e for e in events if e["event"] == kind] for kind in ("continue", "resume"))
+    assert found["down_seconds"] == pytest.approx(again["time"] - again["last_seen"])
+    assert found["lost_seconds"] == pytest.approx(resume["seconds_lost"]) and resume["seconds_lost"] > 0
+    assert found["starting_seconds"] > resume["time"] - again["time"], "the first start took its time, too"
+    records = reference.metrics("killed").values()
+    computing = sum(sum(r[f"performance/{p}_seconds"] for p in (*COMPUTING, "communication")) for r in records)
+    assert found["share"] * found["seconds"] == pytest.approx(computing)
+    evaluations = [r["performance/evaluation_seconds"] for r in records if "evaluate/loss" in r]
+    assert found["evaluation_seconds"] == pytest.approx(sum(evaluations)) and min(evaluations) > 0
+    parts = [value for key, value in found.items() if key.endswith("_seconds")]
+    assert sum(parts) == pytest.approx(found["seconds"]) and min(parts) > -0.5
+    assert records_share(reference) == pytest.approx(found["share"], rel=0.3)
+
+
+def records_share(runs: Runs) -> float:
+    """What TensorBoard shows at the last step, before which nothing but its save comes."""
+    return float(runs.metrics("killed")[20]["run/goodput"])
+
+
+def trace_of(runs: Runs) -> list[dict[str, Any]]:
+    """The main thread's events of `reference`, steps 4 and 5, in order."""
+    [file] = (runs.directory("reference") / "tensorboard").glob("*.pt.trace.json")
+    assert file.name.startswith("rank0.")
+    events = [e for e in json.loads(file.read_text(encoding="utf-8"))["traceEvents"] if e.get("ph") == "X"]
+    thread = next(event["tid"] for event in events if event["name"] == "forward")
+    return sorted((e for e in events if e["tid"] == thread), key=lambda event: float(event["ts"]))
+
+
+def seconds_in(outer: dict[str, Any], events: list[dict[str, Any]], *parts: str) -> float:
+    """Of the events within `outer` whose names begin with one of `parts`, none within another one of them."""
+    begin, end, total = outer["ts"], outer["ts"] + outer["dur"], 0.0
+    for event in events:
+        if event["name"].startswith(parts) and begin <= event["ts"] and event["ts"] + event["dur"] <= end:
+            begin = event["ts"] + event["dur"]
+            total += event["dur"] / 1e6
+    return total
+
+
 def test_asked_steps_are_traced_on_rank_0(reference: Runs) -> None:
-    [file] = (reference.directory("reference") / "tensorboard").glob("*.pt.trace.json")
-    names = [event.get("name") for event in json.loads(file.read_text(encoding="utf-8"))["traceEvents"]]
-    assert file.name.startswith("rank0.") and names.count("_OutputLossSum") == 2 * 2  # steps, of 2 forwards each
+    names = [event["name"] for event in trace_of(reference)]
+    assert names.count("_OutputLossSum") == 2 * 2  # steps, of 2 forwards each
     assert "aten::_fused_adamw_" in names
+
+
+def test_the_phases_of_a_step_are_those_of_its_trace(reference: Runs) -> None:
+    events, records = trace_of(reference), reference.metrics("reference")
+    spans = {name: [e for e in events if e["name"] == name] for name in ("data_wait", *COMPUTING)}
+    assert {name: len(found) for name, found in spans.items()} == {
+        "data_wait": 2, "forward": 4, "backward": 4, "optimizer": 4
+    }  # fmt: skip
+    told = {name: sum(records[step][f"performance/{name}_seconds"] for step in (4, 5)) for name in STEP_PHASES}
+    inside = {name: sum(seconds_in(s, events, "communication") for s in found) for name, found in spans.items()}
+    for name, found in spans.items():
+        stall = sum(seconds_in(span, events, "checkpoint_stall") for span in found)
+        whole = sum(span["dur"] for span in found) / 1e6 - inside[name] - stall
+        assert told[name] == pytest.approx(whole, rel=0.2, abs=0.03), name  # the profiler takes its time
+    spans["communication"] = [event for event in events if event["name"] == "communication"]
+    every = {"ts": events[0]["ts"], "dur": events[-1]["ts"] + events[-1]["dur"] - events[0]["ts"]}
+    waited = seconds_in(every, events, "communication")
+    assert told["communication"] == pytest.approx(waited, rel=0.2, abs=0.03)
+    # what torch itself records lies in the phases where it belongs
+    spans["communication"] += [event for event in events if event["name"] == "evaluation"]  # whose own are its own
+    for name, phase in (
+        ("_OutputLossSum", "forward"), ("autograd::engine::evaluate_function:", "backward"),
+        ("aten::_fused_adamw_", "optimizer"), ("c10d::", "communication"),
+    ):  # fmt: skip
+        found = [e for e in events if e["name"] == name or (name[-1] == ":" and e["name"].startswith(name))]
+        assert found, name
+        for event in found:
+            assert any(0 <= event["ts"] - s["ts"] <= s["dur"] - event["dur"] for s in spans[phase]), (name, phase)
+    assert sum(told.values()) < 1.2 * sum(records[step]["performance/step_seconds"] for step in (4, 5))
 
 
 @pytest.mark.full

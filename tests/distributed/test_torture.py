@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_resume import assert_same_run
 
 from gpt.checkpoint.format import list_checkpoints
+from gpt.goodput import account
 
 STEPS_A_KILL = 12
 DISK_BYTES = 48 * 2**20
@@ -155,6 +156,9 @@ def check_accounts(events: list[dict[str, Any]], kills: list[tuple[float, int]])
     counted += events[-1]["time"] - ready - lost
     whole = events[-1]["time"] - events[0]["time"]
     assert starting + counted + lost + down == pytest.approx(whole, abs=1e-3)
+    told = account(events, None, events[-1]["time"])
+    assert sum(told.values()) == pytest.approx(whole, abs=1e-3)
+    assert (told["lost"], told["down"]) == (pytest.approx(lost), pytest.approx(down))
     assert min(starting, counted, down) > 0
     assert (lost > 0) == (steps_lost > 0)
     assert steps_lost > 0 or len(kills) == 1, "of many kills some cost steps"

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small_checkpoint import change_manifest, forward, in_dtype, make_model, write_checkpoint
 
+from gpt.checkpoint.direct import BLOCKS_ON_THE_WAY
 from gpt.checkpoint.files import (
     DTYPE_CODES,
     FragmentFile,
@@ -49,7 +50,8 @@ def write_two_blocks(path: Path) -> tuple[torch.Tensor, FileEntry]:
 def test_a_file_around_the_cache_is_the_same_and_has_the_same_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows_direct: bool
 ) -> None:
-    tensors = {"a": torch.randn(2 * BLOCK_BYTES // 4 + 1000), "b": torch.randn(5, 3), "empty": torch.zeros(0)}
+    blocks = BLOCKS_ON_THE_WAY + 3  # so that memory is filled a second time
+    tensors = {"a": torch.randn(blocks * BLOCK_BYTES // 4 + 1000), "b": torch.randn(5, 3), "empty": torch.zeros(0)}
     entries = [to_write(name, tensor, 300_001) for name, tensor in tensors.items()]
     alone = write_safetensors(tmp_path / "alone", entries)
     opened, how = os.open, []

@@ -124,6 +124,30 @@ def test_precision_and_recall_on_planted_data(kind: str) -> None:
         assert replace_all(text) == text
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"{start}{'aB3' * 30}"[:length]
+        for start, length in [
+            ("AIza", 39),
+            ("gho_", 40),
+            ("ghu_", 40),
+            ("ghs_", 40),
+            ("ghr_", 40),
+            ("github_pat_", 80),
+            ("glpat-", 26),
+            ("xoxb-", 20),
+            ("sk_live_", 40),
+            ("rk_test_", 40),
+        ]
+    ]
+    + ["ASIAIOSFODNN7EXAMPLE"],
+)
+def test_a_secret_is_found_by_each_mark_alone(value: str) -> None:
+    """No other secret stands in the text, so that a mark that is not looked for is a secret that stays."""
+    assert replace_all(f"The value is {value}.") == "The value is <secret-key>."
+
+
 def test_a_telephone_number_of_any_form_is_found_behind_a_word_that_announces_it() -> None:
     assert replace_all("Tel.: 030 1234567, Fax 0221/987 654") == "Tel.: <phone>, Fax <phone>"
     assert replace_all("Tel: 03012345678, Phone: 5551234567.") == "Tel: <phone>, Phone: <phone>."

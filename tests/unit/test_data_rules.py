@@ -76,6 +76,12 @@ def test_repairs(rules: dict[str, Any], before: str, after: str) -> None:
     assert repaired(found, **rules) == found
 
 
+@pytest.mark.parametrize("character", [*"\x00\x0b\x0c\r\x1b\x7f\x80\x85\x9f\u2028\u2029\ufeff\ufffe\uffff"])
+def test_each_control_character_is_found_alone(character: str) -> None:
+    line_end = "\n" if character in "\x0b\x0c\r\x85\u2028\u2029" else ""
+    assert repaired(f"\u00e9\u2027a{character}b\ufffd", control_characters=True) == f"\u00e9\u2027a{line_end}b\ufffd"
+
+
 def test_conversations_are_repaired_message_by_message() -> None:
     messages = [{"role": "user", "content": "I am ada@example.org"}, {"role": "assistant", "content": None, "x": 1}]
     rules = Rules(personal_data=["email"], gopher_quality={"min_words": 50}, length={"max_characters": 30})

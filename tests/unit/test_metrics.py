@@ -88,14 +88,14 @@ def test_what_is_not_finite_is_null_in_the_file_and_absent_from_the_board(run: R
     writer.write(2, {"train/loss": 1.5, "train/gradient_norm": -float("inf"), "evaluate/bits_per_byte": None})
     writer.close()
     written = lines(run)
-    assert all(record.pop("time") <= time.time() for record in written)
+    assert all(record.pop("time") <= time.time() and record.pop("run/goodput") == 0 for record in written)
     assert written == [
         {"step": 1, "train/loss": None, "train/gradient_norm": None, "train/tokens": 5},
         {"step": 2, "train/loss": 1.5, "train/gradient_norm": None, "evaluate/bits_per_byte": None},
     ]
     seen = board(run)
     assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [(2, 1.5)]
-    assert set(seen.Tags()["scalars"]) == {"train/loss", "train/tokens"}
+    assert set(seen.Tags()["scalars"]) == {"train/loss", "train/tokens", "run/goodput"}
 
 
 def test_tensorboard_shows_every_step_once_over_restarts(run: RunDirectory) -> None:

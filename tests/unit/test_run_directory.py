@@ -412,6 +412,7 @@ def test_all_fixed_fields_that_differ_are_named_and_nothing_else() -> None:
         {"deepspeed": "ds_configs/zero3_offload.json"},
         {"compile": False},
         {"fused_loss": False},
+        {"attention": "eager"},
         {"profile": {"steps": [1, 2]}},
         {"gradient_checkpointing": {"every_layers": 2}},
         {"checkpoint": {"every_steps": 3, "keep_last": 1}},

@@ -169,7 +169,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_begun(group: Group, monke
     threading.Timer(0.3, go.set).start()
     group.savers[0].wait_copied()
     group.savers[1].wait_copied()
-    assert 0.2 < group.savers[0].stall_seconds < 1, "the wait before the update is a stall"
+    assert 0.2 < group.savers[0].clock.so_far("checkpoint_stall") < 1, "the wait before the update is a stall"
     for state in group.states:  # the update
         for value in state.whole.values():
             value.fill_(-1)
@@ -364,7 +364,7 @@ def test_a_save_that_is_under_way_is_awaited_by_the_next(group: Group, monkeypat
     for thread in others:
         thread.join()
     assert list_checkpoints(group.run) == [2] and group.savers[0].begun_step == 4
-    assert group.savers[0].stall_seconds > 0.2
+    assert group.savers[0].clock.so_far("checkpoint_stall") > 0.2
     group.give_probe()
     group.settle()
     assert list_checkpoints(group.run) == [2, 4]
