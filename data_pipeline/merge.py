@@ -84,6 +84,8 @@ def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
     tally = judged_tally(plan)
     for record in records:
         add_tally(tally, record["repeated"])
+    if "languages" in tally:
+        tally["languages"] = dict(sorted(tally["languages"].items(), key=lambda entry: (-entry[1], entry[0])))
     remarks = []
     if tally["documents_without_spaces"]:
         remarks.append(

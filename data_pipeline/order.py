@@ -1,24 +1,31 @@
 """The order of samples as a function of (seed, source, epoch, position): no index arrays, no state.
 
+``permute`` is a shuffle of everything. ``permute_in_blocks`` keeps near to one another in time what is near to one
+another in the data, for data that has to be fetched.
+
 A keyed Feistel network permutes the smallest power-of-two domain that holds ``n``; results outside ``[0, n)`` are
 permuted again until they land inside ("cycle walking": Black and Rogaway, *Ciphers with Arbitrary Finite Domains*,
 2002).
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import xxhash
 
 ORDER_VERSION = 1  # a change of anything below changes every training run's order: raise this number with it
 ROUNDS = 6
+LANES = 8
+RUN_WINDOWS = 16
 
 _MULTIPLIER_1 = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_2 = np.uint64(0xD6E8FEB86659FD93)
 _SHIFT = np.uint64(32)
 
 
-def order_key(seed: int, source: int, epoch: int) -> np.ndarray:
-    """The uint64 ``[ROUNDS]`` round keys of one epoch over one source."""
-    text = f"trainyard-order/{ORDER_VERSION}/{seed}/{source}/{epoch}/"
+def order_key(seed: int, source: int, epoch: int, *part: int) -> np.ndarray:
+    """The uint64 ``[ROUNDS]`` round keys of one epoch over one source, or of a part of it."""
+    text = "/".join(map(str, ("trainyard-order", ORDER_VERSION, seed, source, epoch, *part, "")))
     return np.array([xxhash.xxh3_64_intdigest(f"{text}{i}".encode()) for i in range(ROUNDS)], dtype=np.uint64)
 
 
@@ -48,6 +55,40 @@ def permute(indices: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
         result[outside] = walked
         outside = outside[walked >= limit]
     return result.reshape(values.shape)
+
+
+def permute_in_blocks(indices: np.ndarray, n: int, window: int, key_of: Callable[..., np.ndarray]) -> np.ndarray:
+    """Map distinct ``indices`` in ``[0, n)`` to distinct values in ``[0, n)``, as ``permute``, but with locality.
+
+    The values are cut into runs of at least 16 windows (where there are so many), and runs are dealt in permuted order
+    to 8 lanes, which take turns. A lane goes through its run window by window, forwards or backwards, and through each
+    window in permuted order. So at any time the values come from 8 windows, and what lies on a window's border is
+    needed again at once; only a run's borders are visited twice. The ``n`` % runs last values come last.
+
+    Args:
+        window: how many values are mixed with one another; about as many as are fetched together.
+        key_of: gives the round keys of a part of the epoch: ``order_key`` of its seed, source and epoch.
+    """
+    values = np.asarray(indices, dtype=np.uint64).astype(np.int64)
+    lanes = min(LANES, max(1, n // (window * RUN_WINDOWS)))
+    runs = lanes * max(1, n // (lanes * window * RUN_WINDOWS))
+    length = n // runs
+    result = values.copy()  # what is left over stays where it is
+    dealt = np.flatnonzero(values < runs * length)
+    turn, lane = values[dealt] // lanes, values[dealt] % lanes
+    slot = (turn // length) * lanes + lane
+    run_of = permute(slot.astype(np.uint64), runs, key_of()).astype(np.int64)
+    within = turn % length
+    part = run_of << 32 | within // window
+    for which in set(part.tolist()):
+        chosen = np.flatnonzero(part == which)
+        run, number = which >> 32, which & 0xFFFFFFFF
+        begin = number * window
+        mixed = permute((within[chosen] - begin).astype(np.uint64), min(window, length - begin), key_of(run, number))
+        place = begin + mixed.astype(np.int64)
+        backwards = int(key_of(run)[0]) & 1
+        result[dealt[chosen]] = run * length + (length - 1 - place if backwards else place)
+    return result.astype(np.uint64)
 
 
 def _encrypt(values: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:

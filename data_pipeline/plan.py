@@ -200,6 +200,10 @@ def _identity(
         import stdnum
 
         tables = {"ftfy": ftfy.__version__, "stdnum": stdnum.__version__, "unicode": unicodedata.unidata_version}
+        if options.rules.language is not None:
+            import py3langid
+
+            tables["py3langid"] = py3langid.__version__
         choices["rules"] = [RULES_VERSION, options.rules.model_dump(), tables]
         choices["evaluation"] = [file_digest(path) for file in evaluation for path in content_paths(file)]
     if options.tokenizer is not None:

@@ -9,6 +9,7 @@ COLOURS = {
     "kept for train": "#2a6f97",
     "kept for validation": "#61a5c2",
     "empty": "#adb5bd",
+    "language": "#588157",
     "length": "#bc4749",
     "gopher_quality": "#e07a5f",
     "fineweb_quality": "#f2a65a",
@@ -31,6 +32,7 @@ def summarize(report: dict[str, Any]) -> dict[str, Any]:
             what: {name: entry["documents"] for name, entry in report["rules"][what].items() if entry["documents"]}
             for what in ("changed", "dropped")
         }
+        counts |= {"languages": report["rules"]["languages"]} if "languages" in report["rules"] else {}
         shown["rules"] = counts | {"remarks": report["rules"]["remarks"]}
     return shown
 

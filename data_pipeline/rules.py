@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_pipeline.languages import known_languages
+
 PersonalData = Literal["email", "phone", "ip_address", "iban", "card_number", "secret_key"]
 
 
@@ -102,6 +104,20 @@ class FinewebQuality(Bounds):
     """The largest share of characters in lines that stood before."""
 
 
+class Language(RuleSection):
+    """Documents are counted by language, and those in others than are wanted are dropped."""
+
+    keep: list[str] | None = Field(None, min_length=1)
+    """ISO 639 codes of the languages that stay; null: all. `und` is a text that tells too little, `zxx` no language."""
+
+    @model_validator(mode="after")
+    def _is_known(self) -> "Language":
+        known = known_languages()
+        if unknown := [code for code in self.keep or [] if code not in known]:
+            raise ValueError(f"unknown language {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return self
+
+
 class Decontamination(RuleSection):
     """Texts that training must not hold."""
 
@@ -122,6 +138,9 @@ class Rules(RuleSection):
     """What is replaced by its name in angle brackets: `email`, `phone` (international, North American, or behind a word
     such as "tel"), `ip_address` (public ones), `iban` and `card_number` (where the check digits are right),
     `secret_key` (of cloud and code services, and PEM private keys)."""
+    language: Language | None = None
+    """Language of a document, told by its first 4,000 characters (py3langid, extra `language`); of a conversation, of
+    all its messages."""
     length: Length | None = None
     """Size of a document."""
     gopher_quality: GopherQuality | None = None

@@ -1,5 +1,6 @@
 """Token shards as rows for training and validation, addressed by position: no iterator, no state to save."""
 
+import functools
 import json
 import threading
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ import numpy as np
 import xxhash
 
 from data_pipeline.mixture import PATTERN_SLOTS, Mixture, Stage
-from data_pipeline.order import ORDER_VERSION, order_key, permute
+from data_pipeline.order import ORDER_VERSION, order_key, permute, permute_in_blocks
 from data_pipeline.packing import PackTable, cut_long_documents, pack_best_fit
-from data_pipeline.token_shards import TokenShards
+from data_pipeline.remote_blocks import RemoteOptions
+from data_pipeline.token_shards import BLOCK_BYTES, TokenShards
 
 STREAM_VERSION = 1
 SOURCE_SHIFT = 48  # a sample id is (source << 48) | sample within the source
@@ -21,6 +23,7 @@ CACHED_BLOCKS = 8
 EPOCHS_TO_WARN = 4
 """Repeating data up to about so often is nearly as good as new data, beyond it gains fade: Muennighoff et al.,
 *Scaling Data-Constrained Language Models*, arXiv:2305.16264."""
+ORDERS = ("auto", "full", "block")
 PACKINGS = ("concatenate", "best_fit")
 
 
@@ -69,6 +72,7 @@ class _TextSamples:
         self.count = -(-targets // sequence_length) if padded else targets // sequence_length
         self.left_out_tokens = 0 if padded else targets % sequence_length
         self.may_join_documents = shards.documents > 1
+        self.samples_per_block = max(1, BLOCK_BYTES // (shards.token_bytes * sequence_length))
 
     def rows(self, samples: np.ndarray) -> Rows:
         starts = samples.astype(np.int64) * self._length
@@ -199,11 +203,15 @@ class TrainingStream:
     Epochs follow one another, each a new permutation of each source. Reading is safe from several threads.
 
     Args:
-        sources: (directory of token shards, weight). The weights need not sum to 1.
+        sources: (directory or URL of token shards, weight). The weights need not sum to 1.
         sequence_length: tokens in a row.
         seed: of the order; the data and the fingerprint do not depend on it.
         stages: of a curriculum; their ends are positions. Empty: the sources' weights from beginning to end.
         packing: "concatenate" cuts the flat stream of a text source into rows; "best_fit" packs its documents.
+        order: "full" shuffles each source as a whole; "block" in windows of 8 MiB, see ``permute_in_blocks``, which
+            rows of packed documents do not know: they are shuffled as a whole. "auto": "block" where a source is at a
+            URL.
+        remote: how sources at URLs are read.
 
     Attributes:
         fingerprint: of the sources' manifests, the mixture and the sequence length; equal fingerprints and seeds
@@ -219,21 +227,30 @@ class TrainingStream:
 
     def __init__(
         self,
-        sources: Sequence[tuple[Path, float]],
+        sources: Sequence[tuple[Path | str, float]],
         sequence_length: int,
         seed: int,
         *,
         stages: Sequence[Stage] = (),
         packing: str = "concatenate",
+        order: str = "auto",
+        remote: RemoteOptions | None = None,
     ) -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order is {order!r}; it must be one of {', '.join(ORDERS)}")
         self._mixture = Mixture(stages or [Stage([weight for _, weight in sources])])
-        self._shards = [TokenShards(Path(path)) for path, _ in sources]
+        self._shards = [TokenShards(path, remote) for path, _ in sources]
         _require_one_tokenizer(self._shards)
         self._samples = [_open_samples(shards, sequence_length, False, packing) for shards in self._shards]
         self._counts = np.array([samples.count for samples in self._samples], dtype=np.uint64)
         self._seed = seed
         self._sequence_length = sequence_length
-        self.sources: list[Path] = [shards.directory for shards in self._shards]
+        in_blocks = order == "block" or (order == "auto" and any(shards.remote for shards in self._shards))
+        self._windows = [
+            samples.samples_per_block if in_blocks and isinstance(samples, _TextSamples) else None
+            for samples in self._samples
+        ]
+        self.sources: list[Path | str] = [shards.directory for shards in self._shards]
         self.padding_ids: list[int] = [_padding_id(shards) for shards in self._shards]
         kinds = {shards.kind for shards in self._shards}
         self.kind: str = kinds.pop() if len(kinds) == 1 else "mixed"
@@ -249,6 +266,7 @@ class TrainingStream:
             sequence_length=sequence_length,
             **(many_stages if self._mixture.ends else one_stage),
             **({"packing": packing} if packing != "concatenate" and self.kind != "chat" else {}),
+            **({"windows": self._windows} if any(self._windows) else {}),
         )
         self._blocks: dict[int, np.ndarray] = {}
         self._blocks_lock = threading.Lock()
@@ -295,6 +313,8 @@ class TrainingStream:
             shares = ", then ".join(f"{slots / PATTERN_SLOTS:.1%}" for slots in self._mixture.slots[:, source])
             share = f" ({shares} of the samples)" if len(self._shards) > 1 else ""
             lines += [f"{shards.directory}{share}: {line}" for line in samples.describe()]
+            if self._windows[source] is not None:
+                lines.append(f"{shards.directory}: shuffled in windows of {self._windows[source]:,} samples")
         return lines
 
     def epochs(self, samples: int) -> list[float]:
@@ -357,10 +377,16 @@ class TrainingStream:
             epoch_of, within = index_of[chosen] // count, index_of[chosen] % count
             for epoch in set(epoch_of.tolist()):
                 now = epoch_of == epoch
-                samples = permute(within[now], int(count), order_key(self._seed, source, epoch))
+                samples = self._permute(source, epoch, within[now])
                 ids[chosen[now]] = np.uint64(source << SOURCE_SHIFT) | samples
         ids.flags.writeable = False  # slices of it are handed out
         return ids
+
+    def _permute(self, source: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+        count, window = int(self._counts[source]), self._windows[source]
+        if window is None:
+            return permute(indices, count, order_key(self._seed, source, epoch))
+        return permute_in_blocks(indices, count, window, functools.partial(order_key, self._seed, source, epoch))
 
 
 class ValidationStream:
@@ -370,8 +396,8 @@ class ValidationStream:
     ``TrainingStream``.
     """
 
-    def __init__(self, path: Path, sequence_length: int) -> None:
-        self._shards = TokenShards(Path(path))
+    def __init__(self, path: Path | str, sequence_length: int, remote: RemoteOptions | None = None) -> None:
+        self._shards = TokenShards(path, remote)
         self._samples = _open_samples(self._shards, sequence_length, padded=True)
         self.kind: str = self._shards.kind
         self.number_of_samples: int = self._samples.count

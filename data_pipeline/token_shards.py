@@ -11,6 +11,8 @@ A directory holds shards ``u-<unit>-<number>`` and, written last, ``manifest.jso
 
 The manifest has of every file its size, of ``.sums`` the xxh3-64, and its own xxh3-128 with ``CHECKSUM_PLACE`` in the
 place of the checksum. A directory without a manifest is not a data set. shard_writer.py writes the format.
+
+A local directory is read through memory maps, one at a URL in blocks through a cache: remote_blocks.py.
 """
 
 import bisect
@@ -21,12 +23,15 @@ import resource
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import orjson
 import xxhash
+
+from data_pipeline.remote_blocks import RemoteFile, RemoteFolder, RemoteOptions, is_url, open_cache
 
 FORMAT_VERSION = "tokenshard/1"
 BLOCK_BYTES = 8 * 2**20
@@ -35,6 +40,7 @@ MANIFEST_NAME = "manifest.json"
 CHECKSUM_PLACE = "0" * 32
 SUFFIXES = ("bin", "docs", "mask")
 MOST_OPEN_SHARDS = 2048
+REQUESTS_AT_ONCE = 16
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
@@ -84,7 +90,8 @@ class _BlockReader:
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # a plain array: slicing a np.memmap costs several times as much
-        self.values = np.frombuffer(self._map, dtype=dtype)
+        self._values = np.frombuffer(self._map, dtype=dtype)
+        self.size = self._values.size
         self._items_per_block = BLOCK_BYTES // dtype.itemsize
         self._windows: tuple[int, np.ndarray] | None = None
 
@@ -96,6 +103,11 @@ class _BlockReader:
         for block in np.flatnonzero(self._blocks.unchecked[first : last + 1]) + first:
             self._blocks.check(int(block), self._map)
 
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Items ``[start, stop)``, checked, a view."""
+        self.check(start, stop)
+        return self._values[start:stop]
+
     def windows(self, starts: np.ndarray, width: int) -> np.ndarray:
         """Checked copies ``[n, width]`` of the items from each of ``starts`` on, all inside the file."""
         if self._blocks.unchecked_count:
@@ -103,9 +115,9 @@ class _BlockReader:
                 self.check(start, start + width)
         cached = self._windows  # another thread may replace it
         if cached is None or cached[0] != width:
-            shape, strides = (self.values.size - width + 1, width), self.values.strides * 2
+            shape, strides = (self.size - width + 1, width), self._values.strides * 2
             # every window of the file as one array without memory of its own, so that one call gathers many
-            every = np.lib.stride_tricks.as_strided(self.values, shape, strides, writeable=False)
+            every = np.lib.stride_tricks.as_strided(self._values, shape, strides, writeable=False)
             cached = self._windows = (width, every)
         return cached[1][starts]
 
@@ -139,8 +151,10 @@ class _OpenShards:
 _OPEN_SHARDS = _OpenShards()
 
 
-def rebuild_hint(data_set: Path) -> str:
+def rebuild_hint(data_set: Path | str) -> str:
     """What to type to make the data set again, from the report that ``prepare`` left beside it."""
+    if isinstance(data_set, str):
+        return f"copy the data set to {data_set} again, from where it was prepared"
     output = data_set.parent
     try:
         command = json.loads((output / "report.json").read_text(encoding="utf-8"))["command"]
@@ -152,16 +166,17 @@ def rebuild_hint(data_set: Path) -> str:
 class _Shard:
     """The files of one shard, opened and checked as they are needed."""
 
-    def __init__(self, data_set: Path, entry: dict[str, Any], dtype: np.dtype) -> None:
-        self._data_set = data_set
+    def __init__(self, shards: "TokenShards", entry: dict[str, Any], dtype: np.dtype) -> None:
+        self._shards = shards
+        self._data_set = shards.directory
         self._entry = entry
-        self._dtype = dtype
+        self._dtypes = {"bin": dtype, "docs": np.dtype("<u4"), "mask": np.dtype("u1")}
         self._lock = threading.Lock()
         self._blocks: dict[str, _Blocks] = {}
-        self._files: dict[str, _BlockReader] | None = None
+        self._files: dict[str, _BlockReader] | dict[str, RemoteFile] | None = None
         self.last_use = 0
 
-    def file(self, suffix: str) -> _BlockReader:
+    def file(self, suffix: str) -> _BlockReader | RemoteFile:
         """The reader of one of the files; the first call opens them all."""
         self.last_use = _OPEN_SHARDS.now()
         files = self._files
@@ -181,8 +196,7 @@ class _Shard:
     def document_starts(self) -> np.ndarray:
         """uint32 ``[documents]``, checked: where documents begin, in tokens from the start of the shard."""
         reader = self.file("docs")
-        reader.check(0, reader.values.size)
-        return reader.values
+        return reader.slice(0, reader.size)
 
     def beginnings(self, begins: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """(row, column) of each document that begins inside the windows of ``width`` tokens, column 0 left out."""
@@ -200,14 +214,10 @@ class _Shard:
     def check_files(self) -> None:
         """Compare names and sizes with the manifest. FileNotFoundError, ValueError."""
         for suffix, size in [*self._entry["bytes"].items(), ("sums", sum_bytes(self._entry["bytes"]))]:
-            path = self._path(suffix)
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} is missing, but the manifest beside it lists it: {rebuild_hint(self._data_set)}"
-                )
-            if path.stat().st_size != size:
+            found = self._size(suffix)
+            if found is not None and found != size:
                 raise ValueError(
-                    f"{path} has {path.stat().st_size:,} bytes, but the manifest says {size:,}: the file is damaged; "
+                    f"{self._path(suffix)} has {found:,} bytes, but the manifest says {size:,}: the file is damaged; "
                     f"{rebuild_hint(self._data_set)}"
                 )
 
@@ -215,39 +225,69 @@ class _Shard:
         """Read every byte and compare it with the checksums; the first damaged block raises ValueError."""
         for suffix in self._entry["bytes"]:
             reader = self.file(suffix)
-            reader.check(0, reader.values.size)
+            reader.slice(0, reader.size)
 
-    def _path(self, suffix: str) -> Path:
-        return self._data_set / f"{self._entry['name']}.{suffix}"
+    def fetch(self, block: int) -> None:
+        """Have a block of tokens at hand, and where documents begin; only of remote shards."""
+        tokens = self.file("bin")
+        assert isinstance(tokens, RemoteFile)
+        tokens.block(block)
+        _ = self.document_starts
 
-    def _open(self) -> dict[str, _BlockReader]:
+    def _path(self, suffix: str) -> str:
+        return f"{self._data_set}/{self._entry['name']}.{suffix}"
+
+    def _size(self, suffix: str) -> int | None:
+        """Bytes of a file, None where a store does not tell."""
+        if self._shards.remote is not None:
+            return self._shards.remote.size(f"{self._entry['name']}.{suffix}")
+        path = Path(self._path(suffix))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, but the manifest beside it lists it: {rebuild_hint(self._data_set)}"
+            )
+        return path.stat().st_size
+
+    def _open(self) -> dict[str, _BlockReader] | dict[str, RemoteFile]:
+        remote = self._shards.remote
+        if remote is not None:
+            cache, data_set = self._shards.cache, self._shards.fingerprint
+            files = {}
+            for suffix, digests in self._digests(remote.read(f"{self._entry['name']}.sums")).items():
+                name, size = f"{self._entry['name']}.{suffix}", self._entry["bytes"][suffix]
+                dtype = self._dtypes[suffix]
+                files[suffix] = RemoteFile(remote, name, size, digests, dtype, BLOCK_BYTES, cache, data_set)
+            return files
         if not self._blocks:
             self.check_files()
-            self._blocks = self._read_sums()
-        dtypes = {"bin": self._dtype, "docs": np.dtype("<u4"), "mask": np.dtype("u1")}
+            self._blocks = {
+                suffix: _Blocks(Path(self._path(suffix)), digests, Path(self._data_set))
+                for suffix, digests in self._digests(Path(self._path("sums")).read_bytes()).items()
+            }
         return {
-            suffix: _BlockReader(self._path(suffix), blocks, dtypes[suffix]) for suffix, blocks in self._blocks.items()
+            suffix: _BlockReader(Path(self._path(suffix)), blocks, self._dtypes[suffix])
+            for suffix, blocks in self._blocks.items()
         }
 
-    def _read_sums(self) -> dict[str, _Blocks]:
-        sums = self._path("sums").read_bytes()
+    def _digests(self, sums: bytes) -> dict[str, np.ndarray]:
+        """The checksums of each file's blocks, from the content of ``.sums``."""
         sizes: dict[str, int] = self._entry["bytes"]
         counts = {suffix: -(-sizes[suffix] // BLOCK_BYTES) for suffix in SUFFIXES if suffix in sizes}
         if xxhash.xxh3_64_hexdigest(sums) != self._entry["sums_xxh3_64"]:
             raise ValueError(f"{self._path('sums')} is damaged: {rebuild_hint(self._data_set)}")
-        digests = np.split(np.frombuffer(sums, "<u8"), np.cumsum(list(counts.values()))[:-1])
-        return {
-            suffix: _Blocks(self._path(suffix), part, self._data_set)
-            for suffix, part in zip(counts, digests, strict=True)
-        }
+        parts = np.split(np.frombuffer(sums, "<u8"), np.cumsum(list(counts.values()))[:-1])
+        return dict(zip(counts, parts, strict=True))
 
 
 class TokenShards:
-    """A ``tokenshard/1`` directory as one flat stream of tokens over all its shards. Threads may share it.
+    """A ``tokenshard/1`` directory, or one at a URL, as one flat stream of tokens over all its shards.
+
+    Threads may share it.
 
     Attributes:
         tokens, documents: totals.
         kind: "text" or "chat".
+        token_bytes: size of a stored token.
         fingerprint: xxh3-128 of the manifest's bytes; equal fingerprints mean equal data.
         special_ids, vocabulary_size, tokenizer_sha256, split: as the writer got them.
 
@@ -257,10 +297,18 @@ class TokenShards:
     Raises:
         FileNotFoundError: no directory or no manifest; later, a file missing.
         ValueError: another version or a damaged manifest; later, a file of the wrong size or a damaged block.
+        OSError: what a store does not give; see ``RemoteFolder``.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: Path | str, options: RemoteOptions | None = None) -> None:
+        self.directory: Path | str = Path(directory)
+        self.remote: RemoteFolder | None = None
+        if is_url(directory):
+            options = options or RemoteOptions()
+            self.remote = RemoteFolder(str(directory), options.deadline_seconds)
+            self.directory = self.remote.url
+            self.cache = open_cache(options.cache_directory, options.cache_bytes)
+            self._requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="requests")
         content = self._read_manifest()
         self.fingerprint = xxhash.xxh3_128_hexdigest(content)
         self.manifest = self._parse_manifest(content)
@@ -276,12 +324,15 @@ class TokenShards:
         self._shard_starts = list(itertools.accumulate((entry["tokens"] for entry in entries), initial=0))
         self._bounds = np.array(self._shard_starts, dtype=np.int64)
         self._dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self.token_bytes: int = self._dtype.itemsize
         self._opened: dict[int, _Shard] = {}
 
     def check_files(self) -> None:
         """Compare names and sizes of all files with the manifest, without reading them."""
-        for index in range(len(self.manifest["shards"])):
-            self._shard(index).check_files()
+        shards = [self._shard(index) for index in range(len(self.manifest["shards"]))]
+        check = self._requests.map if self.remote is not None else map
+        for _ in check(_Shard.check_files, shards):
+            pass
 
     def check_all(self) -> Iterator[int]:
         """Read everything and compare it with the checksums; yields the bytes of each shard when it is done.
@@ -312,9 +363,7 @@ class TokenShards:
         """Tokens ``[start, start + count)`` of the stream, int64."""
         out = np.empty(count, dtype=np.int64)
         for shard, begin, end, offset in self._pieces(start, count):
-            reader = self._shard(shard).file("bin")
-            reader.check(begin, end)
-            out[offset : offset + end - begin] = reader.values[begin:end]
+            out[offset : offset + end - begin] = self._shard(shard).file("bin").slice(begin, end)
         return out
 
     def read_windows(self, starts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -331,6 +380,8 @@ class TokenShards:
         # as unsigned numbers negative ones are the largest, so that one pass finds both kinds of wrong
         if starts.size and int(starts.view(np.uint64).max()) + width > self.tokens:
             self._refuse_range(int(starts.min()), int(starts.max()) + width)
+        if self.remote is not None:
+            self._fetch(starts, width)
         if len(self._shard_starts) == 2:
             shard = self._shard(0)
             return shard.file("bin").windows(starts, width).astype(np.int64), *shard.beginnings(starts, width)
@@ -350,6 +401,16 @@ class TokenShards:
         rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return out, rows, columns
 
+    def _fetch(self, starts: np.ndarray, width: int) -> None:
+        """Have the blocks of windows at hand, many requests at once."""
+        items_per_block = BLOCK_BYTES // self._dtype.itemsize
+        positions = np.concatenate([starts, starts + width - 1])
+        shards = np.searchsorted(self._bounds, positions, side="right") - 1
+        blocks = (positions - self._bounds[shards]) // items_per_block
+        wanted = sorted(set(zip(shards.tolist(), blocks.tolist(), strict=True)))
+        for _ in self._requests.map(lambda which: self._shard(which[0]).fetch(which[1]), wanted):
+            pass
+
     def _window_over_shards(self, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, columns > 0 at which documents begin) of a window that does not end in the shard it begins in."""
         columns: list[int] = []
@@ -364,10 +425,8 @@ class TokenShards:
         """The mask of tokens ``[start, start + count)``, bool; only for kind "chat"."""
         out = np.empty(count, dtype=bool)
         for shard, begin, end, offset in self._pieces(start, count):
-            reader = self._shard(shard).file("mask")
             first, last = begin // 8, (end + 7) // 8
-            reader.check(first, last)
-            bits = np.unpackbits(reader.values[first:last], bitorder="little")
+            bits = np.unpackbits(self._shard(shard).file("mask").slice(first, last), bitorder="little")
             out[offset : offset + end - begin] = bits[begin - first * 8 : end - first * 8]
         return out
 
@@ -375,7 +434,7 @@ class TokenShards:
         shard = self._opened.get(index)
         if shard is None:
             # setdefault: of two threads one must win, so that both see the same checked blocks
-            made = _Shard(self.directory, self.manifest["shards"][index], self._dtype)
+            made = _Shard(self, self.manifest["shards"][index], self._dtype)
             shard = self._opened.setdefault(index, made)
         return shard
 
@@ -398,17 +457,20 @@ class TokenShards:
         raise ValueError(f"{self.directory} has {self.tokens:,} tokens: {start:,} to {stop:,} is outside")
 
     def _read_manifest(self) -> bytes:
-        path = self.directory / MANIFEST_NAME
-        if not self.directory.is_dir():
-            raise FileNotFoundError(f"there is no directory {self.directory}: make the data set with trainyard prepare")
+        if self.remote is not None:
+            return self.remote.read(MANIFEST_NAME)
+        directory = Path(self.directory)
+        path = directory / MANIFEST_NAME
+        if not directory.is_dir():
+            raise FileNotFoundError(f"there is no directory {directory}: make the data set with trainyard prepare")
         if not path.is_file():
-            inside = [name for name in ("train", "validation") if (self.directory / name / MANIFEST_NAME).is_file()]
-            hint = f"; did you mean {self.directory / inside[0]}?" if inside else ": make it with trainyard prepare"
-            raise FileNotFoundError(f"{self.directory} is not a prepared data set (it has no {MANIFEST_NAME}){hint}")
+            inside = [name for name in ("train", "validation") if (directory / name / MANIFEST_NAME).is_file()]
+            hint = f"; did you mean {directory / inside[0]}?" if inside else ": make it with trainyard prepare"
+            raise FileNotFoundError(f"{directory} is not a prepared data set (it has no {MANIFEST_NAME}){hint}")
         return path.read_bytes()
 
     def _parse_manifest(self, content: bytes) -> dict[str, Any]:
-        path = self.directory / MANIFEST_NAME
+        path = f"{self.directory}/{MANIFEST_NAME}"
         try:
             manifest = orjson.loads(content)
             version, checksum = manifest["version"], str(manifest["checksum"])

@@ -42,7 +42,7 @@ def verify_data(directory: Path, progress: Callable[[int, int], None] | None = N
     for shards, fingerprint in zip(splits, fingerprints.values(), strict=True):
         if shards.fingerprint != fingerprint:
             raise ValueError(
-                f"{shards.directory / MANIFEST_NAME} is not the one that {directory / REPORT_NAME} describes: "
+                f"{shards.directory}/{MANIFEST_NAME} is not the one that {directory / REPORT_NAME} describes: "
                 f"{rebuild_hint(shards.directory)}"
             )
     if tokenizer_fingerprint(directory / TOKENIZER) != sha256:

@@ -106,7 +106,8 @@ class Source(Section):
     """One prepared training set of the mixture."""
 
     path: str
-    """A folder of token shards, as `trainyard prepare` writes it (`…/train`)."""
+    """A folder of token shards, as `trainyard prepare` writes it (`…/train`), or its copy at a URL (`https://…`,
+    `s3://…`, `gs://…`: any filesystem of fsspec, which finds the credentials)."""
     weight: PositiveFloat = 1.0
     """Its share of the samples, relative to the other sources' weights."""
     max_epochs: PositiveFloat | None = None
@@ -122,6 +123,21 @@ class DataStage(Section):
     """The weight of each set of data.train, in its order; 0 leaves the set out of this stage."""
 
 
+class Remote(Section):
+    """How data sets at URLs are read: blocks of 8 MiB, through a cache on the node's own disk."""
+
+    cache_directory: str | None = None
+    """Folder of the cache, which all processes of a node share; blocks are checked when they are read from it. null:
+    `trainyard-blocks-<user id>` in the system's folder for temporary files."""
+    cache_bytes: Annotated[Int, Field(ge=16 * 2**20)] = 20 * 2**30
+    """What the cache may take on a node; what was not used for longest goes first. A disk that is full: one warning,
+    and training goes on without."""
+    deadline_seconds: PositiveFloat = 300.0
+    """How long a read is tried again, with growing pauses, while a store fails, is slow or does not answer. Then the
+    run ends with exit code 1, and the same command goes on from the last checkpoint. Shorter than
+    faults.hang_seconds."""
+
+
 class Data(Section):
     """What the model sees."""
 
@@ -133,11 +149,17 @@ class Data(Section):
     """How texts fill sequences. concatenate: one after another, cut where a sequence is full. best_fit: none is cut
     that fits into a sequence, and the rest of a sequence is padding (arXiv:2404.10830). Conversations are always packed
     best-fit. Either way a document does not see its neighbours."""
+    order: Literal["auto", "full", "block"] = "auto"
+    """How samples are shuffled. full: each set as a whole. block: in windows of 8 MiB, eight at a time, so that what is
+    fetched is used before the cache drops it; rows of packed documents are shuffled as a whole all the same. auto:
+    block where a training set is at a URL. Either is a function of seed and position, whatever the world size."""
+    remote: Remote = Remote()
+    """How data sets at URLs are read."""
     workers: Annotated[Int, Field(ge=0)] = 1
     """Threads of each rank that read global batches ahead, one each. 0: nothing is read ahead. Any number gives the
     same batches."""
     validation: str | None = None
-    """A folder of token shards that is never trained on. null: no evaluation."""
+    """A folder of token shards, or a URL, that is never trained on. null: no evaluation."""
     sequence_length: PositiveInt
     """Tokens of one sequence (one sample)."""
 
@@ -437,6 +459,16 @@ class Recipe(Section):
             raise ValueError(
                 f"lora adapts weights that are there and freezes all of them: give model.pretrained (now "
                 f"{self.model.pretrained}) and no model.frozen (now {self.model.frozen})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _waiting_is_no_hang(self) -> "Recipe":
+        places, deadline = [*(s.path for s in self.data.train), self.data.validation], self.data.remote.deadline_seconds
+        if any("://" in place for place in places if place) and deadline >= self.faults.hang_seconds:
+            raise ValueError(
+                f"data.remote.deadline_seconds is {deadline:g}, but a run that waits faults.hang_seconds, "
+                f"{self.faults.hang_seconds:g}, is taken for hung: make the deadline shorter"
             )
         return self
 

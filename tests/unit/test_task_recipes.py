@@ -18,6 +18,7 @@ from benchmarks import task_data, tasks
 RECIPES = PROJECT_ROOT / "launch" / "recipes" / "tasks"
 NAMES = sorted(task_data.SOURCES)
 ROWS = {
+    "spam": {"mail": "Buy now", "kind": "spam"},
     "chat": {"question": "Who are you?", "answer": "A bot."},
 }
 
@@ -53,23 +54,23 @@ def test_no_text_nor_a_near_duplicate_of_it_is_in_two_parts(tmp_path: Path, monk
             for variant in (text, text.upper() + "!", f"{text} indeed", ""):
                 yield variant, [{"text": variant}, {"text": f"another piece of {number}"}]
 
-    monkeypatch.setitem(task_data.SOURCES, "chat", (source, (20, 5, 15)))
-    assert task_data.write_parts("chat", tmp_path) == {"train": 40, "validation": 5, "test": 15}
+    monkeypatch.setitem(task_data.SOURCES, "spam", (source, (20, 5, 15)))
+    assert task_data.write_parts("spam", tmp_path) == {"train": 40, "validation": 5, "test": 15}
     parts = [(tmp_path / f"{part}.jsonl").read_text("utf-8").splitlines() for part in task_data.PARTS]
     firsts = [json.loads(line)["text"] for line in (*parts[0][::2], *parts[1], *parts[2])]
     assert len({text.split()[0].lower() for text in firsts}) == 40
     assert parts[0][1::2] == [json.dumps({"text": f"another piece of {t.split()[0][3:]}"}) for t in firsts[:20]]
-    monkeypatch.setitem(task_data.SOURCES, "chat", (source, (20, 5, 16)))
-    with pytest.raises(ValueError, match="the package of chat has 40 different texts, 41 are needed"):
-        task_data.write_parts("chat", tmp_path)
+    monkeypatch.setitem(task_data.SOURCES, "spam", (source, (20, 5, 16)))
+    with pytest.raises(ValueError, match="the package of spam has 40 different texts, 41 are needed"):
+        task_data.write_parts("spam", tmp_path)
 
 
 def test_a_score_below_its_bar_or_among_the_baselines_is_missed() -> None:
     def answer(low: float, value: float) -> dict[str, object]:
         return {
-            "scores": {"rougeL": {"value": value, "low": low, "high": 1.0}},
-            "baselines": {"majority_label": {"rougeL": {"value": 0.8, "low": 0.7, "high": 0.9}}},
+            "scores": {"accuracy": {"value": value, "low": low, "high": 1.0}},
+            "baselines": {"majority_label": {"accuracy": {"value": 0.8, "low": 0.7, "high": 0.9}}},
         }
 
-    for low, value, met in ((0.92, 0.96, [True, True]), (0.92, 0.11, [False, True]), (0.88, 0.96, [True, False])):
-        assert [target["met"] for target in tasks.judge(tasks.targets("chat", answer(low, value)))] == met
+    for low, value, met in ((0.92, 0.96, [True, True]), (0.92, 0.94, [False, True]), (0.88, 0.96, [True, False])):
+        assert [target["met"] for target in tasks.judge(tasks.targets("spam", answer(low, value)))] == met

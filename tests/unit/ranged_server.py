@@ -1,0 +1,94 @@
+"""An HTTP server of a folder on loopback that understands ranges, counts what it gives and fails as it is told."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass
+class RangedServer:
+    """What the tests see and set."""
+
+    folder: Path
+    port: int = 0
+    bytes_sent: int = 0
+    requests: list[str] = field(default_factory=list)
+    """Names of the files asked for with GET."""
+    answer: Callable[[str, bytes], bytes | int | None] = lambda name, content: content
+    """Of a GET's file name and right answer: what is sent, or a status, or None, where it never comes."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @contextmanager
+    def serving(self) -> Iterator["RangedServer"]:
+        """Serve; after a first time under the same port, as a server that is back."""
+        state, ended = self, threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def parse_request(self) -> bool:
+                if ended.is_set():  # a connection may outlive the server
+                    self.close_connection = True
+                    return False
+                return super().parse_request()
+
+            def do_HEAD(self) -> None:
+                path = state.folder / self.path.lstrip("/")
+                self.send_response(200 if path.is_file() else 404)
+                self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                path = state.folder / self.path.lstrip("/")
+                content = path.read_bytes() if path.is_file() else b""
+                status = 200 if path.is_file() else 404
+                if "Range" in self.headers and status == 200:
+                    first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+                    content, status = content[int(first) : int(last) + 1], 206
+                state.requests.append(path.name)
+                answer = state.answer(path.name, content)
+                if answer is None:
+                    ended.wait(30)
+                    return
+                if isinstance(answer, int):
+                    answer, status = b"", answer
+                state.bytes_sent += len(answer)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        ThreadingHTTPServer.allow_reuse_address = True
+        with ThreadingHTTPServer(("127.0.0.1", self.port), Handler) as server:
+            server.daemon_threads = True
+            self.port = server.server_address[1]
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+            thread.start()
+            try:
+                yield self
+            finally:
+                ended.set()
+                server.shutdown()
+                thread.join()
+
+    def away_for(self, seconds: float) -> threading.Thread:
+        """Be back after some seconds, until the thread that is given is joined; it serves for as long again."""
+
+        def back() -> None:
+            time.sleep(seconds)
+            with self.serving():
+                time.sleep(seconds)
+
+        thread = threading.Thread(target=back)
+        thread.start()
+        return thread
