@@ -24,7 +24,7 @@ from gpt.batch import BatchPlan, plan_batch
 from gpt.deepspeed_config import build_deepspeed_config
 from gpt.embedding_noise import embedding_noise
 from gpt.heartbeat import Heartbeat, answer_with_stacks, heartbeat_interval
-from gpt.lora import add_adapter, saved_elements, target_names
+from gpt.lora import saved_elements, target_names
 from gpt.loss import output_layer
 from gpt.model import DTYPES, build_config, check_weights, elements_of, meta_model, tied_names
 from gpt.optimizer import Schedule, total_steps
@@ -34,7 +34,7 @@ from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_
 from gpt.stop_requests import StopRequests
 
 if TYPE_CHECKING:  # takes two seconds, which a launcher that only checks a recipe need not wait
-    from transformers import PreTrainedModel
+    pass
 
 MEETING_SECONDS = 600.0
 """How long a rank waits for the others at the start, see launch/watch.py."""
@@ -292,10 +292,10 @@ def _run_claimed(
 ) -> int | None:
     from gpt import distributed
     from gpt.batch_source import BatchSource
-    from gpt.metrics import flops_per_token, measure_matmul_flops
-    from gpt.model import count_parameters, frozen_elements
+    from gpt.metrics import measure_matmul_flops
     from gpt.optimizer import build_optimizer
     from gpt.resume import load_newest, resume, samples_left_out
+    from gpt.run_model import build_run_model, training_flops_per_token
     from gpt.step_trace import step_trace
     from gpt.trainer import Trainer
 
@@ -306,7 +306,7 @@ def _run_claimed(
         _describe_run(plan, owner, ranks.world_size)
     heartbeat.progress("building the model")
     keep_alive = distributed.zero_config(plan.deepspeed)
-    model, layers, uncompiled = _build_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
+    model, uncompiled = build_run_model(recipe, plan.config, keep_alive, on_gpu=ranks.device.type == "cuda")
     heartbeat.progress("starting the engine")
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks, trained_only=recipe.lora is not None)
@@ -316,7 +316,6 @@ def _run_claimed(
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
     output = output_layer(recipe, model, engine, ranks.device)
-    (elements, matrices), frozen = count_parameters(model), frozen_elements(model)
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
     metrics = _open_metrics(plan, owner, resumed, model, fused=output is not None)
     trainer = Trainer(
@@ -336,13 +335,7 @@ def _run_claimed(
         uncompiled=uncompiled,
         output_layer=output,
         embedding_noise=embedding_noise(model, recipe.train),
-        flops_per_token=flops_per_token(
-            matrices,
-            layers,
-            plan.config.get_text_config().hidden_size,
-            recipe.data.sequence_length,
-            beside_adapter=matrices - (elements - frozen) if recipe.lora is not None else 0,
-        ),
+        flops_per_token=training_flops_per_token(recipe, plan.config, model),
         peak_flops=float(distributed.gather_floats([peak], ranks).sum()),
         first_step=resumed + 1,
         restarts=len(owner.events("continue")) if owner is not None else 0,
@@ -379,25 +372,6 @@ def _fit(trainer: Any) -> int | None:
             trainer.owner.write_event("end", step=trainer.last_step, **why)
     stopped_at: int | None = trainer.stopped_at
     return stopped_at
-
-
-def _build_model(plan: RunPlan, zero: Any, *, on_gpu: bool) -> tuple["PreTrainedModel", int, Callable[[], Any]]:
-    """The model as the recipe wants it, its number of decoder layers, and what switches compiled layers off."""
-    from gpt import distributed
-    from gpt.model import CompiledLayers, build_model, checkpoint_gradients, choose_attention, decoder_layers
-
-    recipe = plan.recipe
-    choose_attention(plan.config, recipe.attention)
-    model = build_model(recipe.model, plan.config, recipe.precision, recipe.train.seed, zero)
-    if recipe.lora is not None:
-        add_adapter(model, recipe.lora, recipe.train.seed)
-        model.enable_input_require_grads()  # as `build_model` does for frozen embeddings
-    layers = decoder_layers(model)
-    distributed.mark_leaf_modules(model, layers)
-    if recipe.gradient_checkpointing is not None:
-        checkpoint_gradients(model, recipe.gradient_checkpointing.every_layers)
-    compiled = recipe.compile is True or (recipe.compile == "auto" and on_gpu)
-    return model, len(layers), CompiledLayers(model).plain if compiled else nullcontext
 
 
 def _check_isolation(plan: RunPlan, trainer: Any) -> None:

@@ -19,7 +19,8 @@ from gpt.checkpoint import files
 from gpt.checkpoint.read import CheckpointReader
 from gpt.optimizer import build_optimizer
 from gpt.recipe_file import parse_recipe, read_mapping
-from gpt.train import _build_model, plan_run
+from gpt.run_model import build_run_model
+from gpt.train import plan_run
 
 
 def main(recipe_file: Path, out: Path, block_bytes: int, names: list[str]) -> None:
@@ -28,7 +29,7 @@ def main(recipe_file: Path, out: Path, block_bytes: int, names: list[str]) -> No
     recipe = parse_recipe(read_mapping(recipe_file), str(recipe_file))
     plan = plan_run(recipe, ranks.world_size)
     keep_alive = distributed.zero_config(plan.deepspeed)
-    model, *_ = _build_model(plan, keep_alive, on_gpu=False)
+    model, *_ = build_run_model(plan.recipe, plan.config, keep_alive, on_gpu=False)
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
     readers: list[CheckpointReader] = []
