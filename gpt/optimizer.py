@@ -19,6 +19,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         warmup, decay = self.settings.warmup_steps, self.settings.decay_steps or 0
+        if self.settings.schedule == "range_test" and not self.settings.minimum_learning_rate_ratio:
+            raise ValueError("optimizer.minimum_learning_rate_ratio is 0, from which range_test cannot rise: give 1e-6")
         if warmup >= self.total_steps:
             raise ValueError(
                 f"optimizer.warmup_steps is {warmup}, but the whole run has {self.total_steps} steps: "
@@ -33,7 +35,8 @@ class Schedule:
         """Learning rate of optimizer step `step` (the first is 1).
 
         Linear warm-up reaches the peak at step `warmup_steps`; then cosine (arXiv:1608.03983 equation 5 without
-        restarts), linear, or constant and linear (arXiv:2404.06395), reaching the minimum at the last step.
+        restarts), linear, or constant and linear (arXiv:2404.06395), reaching the minimum at the last step. A range
+        test rises from the minimum to the peak, by the same factor each step.
         """
         settings = self.settings
         peak, floor = settings.learning_rate, settings.learning_rate * settings.minimum_learning_rate_ratio
@@ -41,6 +44,9 @@ class Schedule:
             return peak * step / settings.warmup_steps
         if settings.schedule == "constant":
             return peak
+        if settings.schedule == "range_test":
+            steps_left = (self.total_steps - step) / max(1, self.total_steps - settings.warmup_steps - 1)
+            return peak * float(settings.minimum_learning_rate_ratio) ** min(1.0, max(0.0, steps_left))
         if settings.schedule == "cosine":
             progress = (step - settings.warmup_steps) / (self.total_steps - settings.warmup_steps)
             return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
@@ -53,7 +59,7 @@ class Schedule:
         named = {1: "first step", settings.warmup_steps: "end of warm-up"}
         if settings.decay_steps:
             named[self.total_steps - settings.decay_steps] = "decay begins"
-        elif settings.schedule != "constant":
+        elif settings.schedule in ("cosine", "linear"):
             named[(settings.warmup_steps + self.total_steps) // 2] = "half of the decay"
         named[self.total_steps] = "last step"
         rows = [(step, name) for step, name in sorted(named.items()) if 1 <= step <= self.total_steps]

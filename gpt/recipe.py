@@ -223,15 +223,15 @@ class Optimizer(Section):
     neither rows nor norms, so these are not offered."""
     learning_rate: PositiveFloat
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
-    """After the warm-up: cosine to the minimum (arXiv:1608.03983), linear to it, constant and then linear to it over
-    the last decay_steps (warm-up, stable, decay: arXiv:2404.06395), or constant."""
+    schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant", "range_test"] = "cosine"
+    """After the warm-up: cosine (arXiv:1608.03983) or linear to the minimum; constant, and linear to it over the last
+    decay_steps (arXiv:2404.06395); constant; or, for `trainyard tune`, exponentially up from it (arXiv:1506.01186)."""
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
     """Steps of linear warm-up; shorter than the run."""
     decay_steps: PositiveInt | None = None
     """Steps of the final decay; for warmup_stable_decay only, where it is required."""
     minimum_learning_rate_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
-    """The last learning rate as a share of the peak (all but constant)."""
+    """The last learning rate, of range_test the first, as a share of the peak (all but constant)."""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.1
     """Weight decay of parameters with two or more dimensions; biases and norms have none."""
     betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]

@@ -260,6 +260,48 @@ def train(
 
 
 @app.command()
+def tune(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    steps: Annotated[int, typer.Option(help="Of the range test, and before the gradients are measured.")] = 200,
+    lowest: Annotated[float, typer.Option(help="Learning rate at which the range test begins.")] = 1e-6,
+    highest: Annotated[float, typer.Option(help="Learning rate at which it ends.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Suggest a learning rate (range test) and a batch (gradient noise scale), from short runs on this host.
+
+    Everything is written below `<runs_directory>/<name>-tune`; the recipe's own run is not touched.
+
+    Example: `trainyard tune launch/recipes/quickstart_pretrain.yaml`
+    """
+    from gpt.recipe_file import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    from launch.environment import import_torch_quietly
+
+    import_torch_quietly()
+    from launch import tune as tuning
+    from launch.hub import fetch
+    from launch.local import default_processes
+
+    with answering(as_json) as answer:
+        try:
+            result = tuning.tune(
+                fetch(resolved),
+                processes=processes or default_processes()[0],
+                steps=steps,
+                lowest=lowest,
+                highest=highest,
+            )
+        except tuning.StoppedError as error:
+            raise typer.Exit(error.exit_code) from None
+        answer(result)
+        if not as_json:
+            print("\n".join(tuning.describe(result)))
+
+
+@app.command()
 def preflight(
     recipe: RecipeFile,
     overrides: Overrides = None,
