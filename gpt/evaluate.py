@@ -202,9 +202,9 @@ def evaluate_task(
         predictions.open("a").close()
     compared = {}
     if baseline is not None:
-        other = score(*_load_with_tokenizer(baseline, loading), task, questions, progress)
+        other = score(*load_with_tokenizer(baseline, loading), task, questions, progress)
         compared = {str(baseline): {"as_chat": other.facts["as_chat"], **other.scores()}}
-    scored = score(*_load_with_tokenizer(source, loading), task, questions, progress)
+    scored = score(*load_with_tokenizer(source, loading), task, questions, progress)
     if predictions is not None:
         lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in scored.predictions]
         predictions.write_text("".join(lines), encoding="utf-8")
@@ -217,13 +217,19 @@ def evaluate_harness(source: Path, tasks: Path, *, loading: Loading | None = Non
     """Score a run directory or a Hugging Face folder on local tasks of lm-evaluation-harness. Raises as it does."""
     from gpt.harness import evaluate_with_harness
 
-    return evaluate_with_harness(*_load_with_tokenizer(source, loading), tasks)
+    return evaluate_with_harness(*load_with_tokenizer(source, loading), tasks)
 
 
-def _load_with_tokenizer(source: Path, loading: Loading | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    model, tokenizer_path, _ = _load(source, loading)
+def load_with_tokenizer(
+    source: Path, loading: Loading | None, step: int | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model of a run's checkpoint, the newest by default, or of a model folder, and its tokenizer.
+
+    Raises as `evaluate_path`.
+    """
+    model, tokenizer_path, _ = _load(source, loading, step)
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_path)
-    if is_run_directory(str(source)) and not trained_on_chat(open_checkpoint(source).manifest):
+    if is_run_directory(str(source)) and not trained_on_chat(open_checkpoint(source, step).manifest):
         tokenizer.chat_template = None  # the model knows nothing of its turns; export leaves it out, too
     return model, tokenizer
 
@@ -233,7 +239,7 @@ def _require_model(source: Path) -> None:
         raise FileNotFoundError(f"{source} does not exist: give a run directory or a model folder")
 
 
-def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:
+def _load(source: Path, loading: Loading | None, step: int | None = None) -> tuple[Any, Path, int]:
     """(model, tokenizer folder, default sequence length) of a run directory or a model folder."""
     _require_model(source)
     loading = loading or Loading()
@@ -247,7 +253,7 @@ def _load(source: Path, loading: Loading | None) -> tuple[Any, Path, int]:
         if own.exists():
             check_kept_tokenizer(source)
         load = load_plain_model if recipe.lora is None else load_adapted_model
-        model: Any = load(source, DTYPES[loading.dtype] if loading.dtype else None)
+        model: Any = load(source, DTYPES[loading.dtype] if loading.dtype else None, step=step)
         return model.to(device), own if own.exists() else Path(recipe.tokenizer), recipe.data.sequence_length
     model = load_model(source, loading)
     report = source / "export_report.json"

@@ -144,9 +144,9 @@ def _load_base(pretrained: str, precision: Precision) -> "PreTrainedModel":
     return model.eval()
 
 
-def load_adapted_model(run: Path, dtype: torch.dtype | None = None) -> "PreTrainedModel":
-    """A run's base with its newest adapter on it, on the CPU, in evaluation mode; as `load_plain_model` otherwise."""
-    reader = open_checkpoint(run)
+def load_adapted_model(run: Path, dtype: torch.dtype | None = None, *, step: int | None = None) -> "PreTrainedModel":
+    """A run's base with its adapter on it, on the CPU, in evaluation mode; as `load_plain_model` otherwise."""
+    reader = open_checkpoint(run, step)
     lora, pretrained = _recorded(reader.manifest.recipe)
     model = _load_base(pretrained, reader.manifest.precision)
     add_adapter(model, lora, seed=0)

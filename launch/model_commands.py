@@ -41,6 +41,9 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="With --task: gets a line for each question.")
     ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="With --task: each checkpoint of a run, until the run has ended.")
+    ] = False,
     sequences: Annotated[
         int | None, typer.Option(min=1, help="With --data: only the first so many; default: all.")
     ] = None,
@@ -58,14 +61,24 @@ def evaluate(
 
     Example: `trainyard evaluate runs/quickstart-pretrain --data data/shakespeare/validation --json`
     """
-    if [data, task, lm_eval].count(None) != 2 or (task is None and (predictions or baseline)):
-        raise typer.BadParameter("give one of --data, --task (which --predictions and --baseline belong to), --lm-eval")
+    if [data, task, lm_eval].count(None) != 2 or (task is None and (predictions or baseline or follow)):
+        raise typer.BadParameter(
+            "give one of --data, --task (which --predictions, --baseline and --follow belong to), --lm-eval"
+        )
+    if follow and (predictions or baseline):
+        raise typer.BadParameter("--follow goes without --predictions and --baseline")
     if data is None and (sequences is not None or sequence_length is not None or encoding != "utf-8"):
         raise typer.BadParameter("--sequences, --sequence-length and --encoding belong to --data")
     from gpt import evaluate as run
     from gpt.generate import Loading
 
     loading = Loading(dtype, device_map, host_memory_gib, offload_folder)
+    if follow and task is not None:
+        from gpt.follow import follow as run_follow
+
+        with answering(as_json) as answer:
+            answer(run_follow(source, task, loading=loading))
+        return
     with answering(as_json) as answer:
         with progress_bar("evaluate", in_bytes=False) as progress:
             if data is not None:
