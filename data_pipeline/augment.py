@@ -96,9 +96,9 @@ class Augmenter:
 
     def variants(self, document: Document, content_hash: int, tally: dict[str, Any]) -> Iterator[Variant]:
         """The variants of a training document; those left out are counted in ``tally``, by kind."""
-        made = {content_hash}
+        made = {content_hash}  # in which the seed is
         for kind, make in self._kinds.items():
-            for variant in make(document, random.Random(f"{self._seed} {content_hash} {kind}")):
+            for variant in make(document, random.Random(f"{content_hash} {kind}")):
                 content = document_content(variant)
                 variant_hash = xxhash.xxh3_64_intdigest(content, seed=self._seed)
                 if variant_hash in made or _holds(self._inputs, variant_hash):
@@ -165,7 +165,7 @@ def _changed(document: Document, change: Callable[[str], str]) -> Document:
 
 
 def _paraphrases(options: Paraphrases, pairs: Pairs) -> Kind:
-    """Every phrase of the table becomes one of its paraphrases; of phrases that overlap the longer one."""
+    """Every phrase of the table becomes one of its paraphrases; of those that begin at one place the longest."""
     table: dict[str, list[str]] = defaultdict(list)
     for phrase, paraphrase in pairs:
         table[phrase].append(paraphrase)

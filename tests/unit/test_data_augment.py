@@ -76,10 +76,10 @@ def _files(output: Path) -> dict[str, bytes]:
 
 
 def test_paraphrases_take_whole_phrases_the_longer_one_first() -> None:
-    pairs = [("cat", "pet"), ("black cat", "dark pet"), ("天地", "世界"), ("a+b", "sum"), ("a+b", "total")]
+    pairs = [("cat", "pet"), ("cat food", "fish"), ("天地", "世界"), ("a+b", "sum"), ("a+b", "total")]
     kind = augment._paraphrases(Paraphrases(files=["x"], copies=9), pairs)
-    [*texts] = made(kind, document("The black cat, a cat, no catalogue; 看天地玄黃; a+b"))
-    assert set(texts) == {f"The dark pet, a pet, no catalogue; 看世界玄黃; {end}" for end in ("sum", "total")}
+    [*texts] = made(kind, document("The cat food, a cat, no catalogue; 看天地玄黃; a+b"))
+    assert set(texts) == {f"The fish, a pet, no catalogue; 看世界玄黃; {end}" for end in ("sum", "total")}
     assert made(kind, document("No Cat here, bobcat.")) == []
 
 
