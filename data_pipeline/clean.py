@@ -51,6 +51,11 @@ def no_tally(rules: Rules) -> dict[str, Any]:
     dropped += ["decontamination"] if rules.decontamination else []
     dropped += ["duplicates.exact"] if rules.duplicates else []
     dropped += ["duplicates.near"] if rules.duplicates == "near" else []
+    declared: dict[str, Any] = {"languages": {}} if rules.language else {}
+    if rules.augmentation:
+        counts = dict.fromkeys(("documents", "bytes", "repeated", "held_back", "refused"), 0)
+        kinds = [name for name, section in rules.augmentation if section is not None]
+        declared["augmented"] = {name: counts | {"examples": []} for name in kinds}
     return {
         "documents_in": 0,
         "bytes_in": 0,
@@ -59,7 +64,7 @@ def no_tally(rules: Rules) -> dict[str, Any]:
             name: {"documents": 0} | ({"replaced": 0} if "." in name else {}) | {"examples": []} for name in changed
         },
         "dropped": {name: {"documents": 0, "bytes": 0, "examples": []} for name in dropped},
-    } | ({"languages": {}} if rules.language else {})
+    } | declared
 
 
 def add_tally(total: dict[str, Any], more: dict[str, Any]) -> None:
@@ -81,6 +86,12 @@ def drop(tally: dict[str, Any], reason: Reason, document: Document, file: str) -
     if len(entry["examples"]) < EXAMPLES_KEPT:
         excerpt = "\n".join(texts_of(document))[:EXCERPT_CHARACTERS]
         entry["examples"].append({"file": file, "why": reason[1], "text": excerpt})
+
+
+def first_difference(one: str, other: str) -> int:
+    """Where two texts begin to differ; the length of the shorter one where they do not."""
+    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
 
 
 class Cleaner:
@@ -151,8 +162,7 @@ class Cleaner:
             return
         old, new = next((old, new) for old, new in zip(before, after, strict=True) if old != new)
         (old, replaced_before), (new, replaced) = self._without_personal_data(old), self._without_personal_data(new)
-        differing = (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
-        place = new.index(mark) if kind else next(differing, min(len(old), len(new)))
+        place = new.index(mark) if kind else first_difference(old, new)
         window = slice(max(0, place - EXCERPT_CHARACTERS // 2), place + EXCERPT_CHARACTERS // 2)
         # what was found only after the repair stands in the text before it
         shown = {} if kind or replaced_before != replaced else {"before": old[window]}

@@ -73,8 +73,14 @@ def _balance(records: list[dict[str, Any]], documents_in: int, rules: dict[str, 
     sizes = [split["text_bytes"] for split in splits]
     size = None if None in sizes else sum(sizes)
     lost = sum(entry["bytes"] for entry in rules["dropped"].values()) if rules else 0
-    before = rules["bytes_in"] if rules else size
-    return {"documents": documents, "text_bytes": {"in": before, "kept": size, "dropped": lost}}
+    text_bytes = {"in": rules["bytes_in"] if rules else size, "kept": size, "dropped": lost}
+    if rules and "augmented" in rules:
+        added, added_bytes = (
+            sum(entry[what] for entry in rules["augmented"].values()) for what in ("documents", "bytes")
+        )
+        documents |= {"kept": kept - added, "augmented": added}
+        text_bytes |= {"kept": size and size - added_bytes, "augmented": added_bytes}
+    return {"documents": documents, "text_bytes": text_bytes}
 
 
 def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class Plan:
     splits: tuple[str, ...]
     rules: "Rules | None"
     evaluation_files: tuple[SourceFile, ...]  # whose texts the rules keep out of training
+    pairs: dict[str, list[tuple[str, str]]]  # of the files that augmentation names, by its kind
     seed: int
     validation_threshold: int | None  # content hashes below it fall to validation; None: by file
     weights: tuple[int, ...]  # bytes of input of each unit, at least 1
@@ -125,7 +126,8 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         raise ValueError(f"{kinds['ids'].label} holds token ids: give the tokenizer that made them (--tokenizer)")
     if "ids" in kinds and options.rules is not None:
         raise ValueError(f"{kinds['ids'].label} holds token ids, to which rules (--rules) cannot be applied")
-    evaluation = _evaluation_files(options, files)
+    kind = "chat" if "chat" in kinds else "text"  # ids are of texts
+    evaluation, pairs = _evaluation_files(options, files), _pairs(options, kind)
     unit_bytes = max(options.unit_bytes, -(-sum(file.bytes for file in files) // MAX_UNITS))
     units = tuple(plan_units(files, options.read, unit_bytes))
     weights, train = _unit_bytes(files, units, len(files)), _unit_bytes(files, units, train_files)
@@ -137,16 +139,17 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
         train_files=train_files,
         ignored=tuple(ignored),
         units=units,
-        kind="chat" if "chat" in kinds else "text",  # ids are of texts
+        kind=kind,
         splits=SPLITS if validated else SPLITS[:1],
         rules=options.rules,
         evaluation_files=tuple(evaluation),
+        pairs=pairs,
         seed=options.seed,
         validation_threshold=None if options.validation_inputs else int(options.validation_fraction * 2**64),
         weights=tuple(weights),
         sample_bytes=tuple(options.tokenizer_sample_bytes * weight // max(1, sum(train)) for weight in train),
         engine=options.engine,
-        identity=_identity(options, files, train_files, units, evaluation, progress),
+        identity=_identity(options, files, train_files, units, evaluation, pairs, progress),
     )
 
 
@@ -160,6 +163,16 @@ def _evaluation_files(options: PrepareOptions, inputs: list[SourceFile]) -> list
             f"{min(shared)} is both an input and an evaluation file (decontamination.files): leave it out of one"
         )
     return files
+
+
+def _pairs(options: PrepareOptions, kind: str) -> dict[str, list[tuple[str, str]]]:
+    if options.rules is None or options.rules.augmentation is None:
+        return {}
+    if options.rules.augmentation.turns is not None and kind == "text":
+        raise ValueError("augmentation.turns is for conversations, and the inputs are plain text: leave it out")
+    from data_pipeline.augment import read_pairs  # without augmentation nothing of it is loaded
+
+    return read_pairs(options.rules)
 
 
 def _unit_bytes(files: list[SourceFile], units: tuple[Unit, ...], used: int) -> list[int]:
@@ -180,6 +193,7 @@ def _identity(
     train_files: int,
     units: tuple[Unit, ...],
     evaluation: list[SourceFile],
+    pairs: dict[str, list[tuple[str, str]]],
     progress: Progress | None,
 ) -> str:
     """A hash of all that the result depends on: options, the tokenizer, the units, names and digests of the files.
@@ -206,6 +220,7 @@ def _identity(
             tables["py3langid"] = py3langid.__version__
         choices["rules"] = [RULES_VERSION, options.rules.model_dump(), tables]
         choices["evaluation"] = [file_digest(path) for file in evaluation for path in content_paths(file)]
+        choices["pairs"] = pairs
     if options.tokenizer is not None:
         choices["tokenizer"] = {file.name: file_digest(file) for file in tokenizer_files(options.tokenizer)}
     digests = []

@@ -33,6 +33,11 @@ def summarize(report: dict[str, Any]) -> dict[str, Any]:
             for what in ("changed", "dropped")
         }
         counts |= {"languages": report["rules"]["languages"]} if "languages" in report["rules"] else {}
+        if "augmented" in report["rules"]:
+            counts["augmented"] = {
+                name: {key: value for key, value in entry.items() if key != "examples"}
+                for name, entry in report["rules"]["augmented"].items()
+            }
         shown["rules"] = counts | {"remarks": report["rules"]["remarks"]}
     return shown
 
@@ -65,7 +70,8 @@ def render_page(report: dict[str, Any]) -> str:
 
 def _ways(report: dict[str, Any]) -> list[tuple[str, int, str]]:
     """(what became of documents, how many, a colour), those kept first."""
-    ways = [(f"kept for {name}", split["documents"]) for name, split in report["splits"].items()]
+    added = {"train": report["documents"].get("augmented", 0)}
+    ways = [(f"kept for {name}", s["documents"] - added.get(name, 0)) for name, s in report["splits"].items()]
     ways.append(("empty", report["documents"]["empty"]))
     dropped = report["rules"]["dropped"] if "rules" in report else {}
     ways += [(name, entry["documents"]) for name, entry in dropped.items()]

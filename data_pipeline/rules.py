@@ -125,6 +125,66 @@ class Decontamination(RuleSection):
     """Evaluation files, read as `--input` is; of tables all texts count, whatever the columns."""
 
 
+class Paraphrases(RuleSection):
+    """Phrases of the user's tables, in other words."""
+
+    files: list[str] = Field(min_length=1)
+    """Tables with the columns `phrase` and `paraphrase`, of any format that `--input` takes. A phrase may stand in
+    several rows; one that may also stay has a row with itself."""
+    copies: int = Field(1, ge=1)
+    """Variants of each document that holds a phrase."""
+
+
+class Parallel(RuleSection):
+    """Whole texts that the user gives another text for."""
+
+    files: list[str] = Field(min_length=1)
+    """Tables with the columns `text` and `parallel`; either side stands for the other."""
+
+
+class Noise(RuleSection):
+    """Case and white space as they are often typed."""
+
+    case: float = Field(0.0, ge=0, le=1)
+    """The share of words that are written in lower case, upper case or with one capital."""
+    white_space: float = Field(0.0, ge=0, le=1)
+    """The share of gaps between words that become one space, two, a line end or a tab."""
+    copies: int = Field(1, ge=1)
+    """Variants of each document."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "Noise":
+        if not self.case and not self.white_space:
+            raise ValueError("case and white_space are both 0: set one of them, or leave noise out")
+        return self
+
+
+class Turns(RuleSection):
+    """Parts of conversations: some exchanges in a row, behind what stands before the first, as the system message."""
+
+    copies: int = Field(1, ge=1)
+    """Variants of each conversation of two exchanges or more."""
+
+
+class Augmentation(RuleSection):
+    """Variants of training documents, each of the document itself and made by one of these."""
+
+    paraphrases: Paraphrases | None = None
+    """Every phrase of the tables that stands in the document becomes one of its paraphrases."""
+    parallel: Parallel | None = None
+    """A document, or a message of the user, that is equal to one side of a pair becomes the other side."""
+    noise: Noise | None = None
+    """Words in other case, other white space between them."""
+    turns: Turns | None = None
+    """Some exchanges of a conversation, in a row."""
+
+    @model_validator(mode="after")
+    def _declares_something(self) -> "Augmentation":
+        if all(value is None for _, value in self):
+            raise ValueError("no variants are declared: name one of paraphrases, parallel, noise, turns")
+        return self
+
+
 class Rules(RuleSection):
     """The rules, in the order in which they are applied."""
 
@@ -156,3 +216,6 @@ class Rules(RuleSection):
     """exact: of documents that are equal after the rules above the first one stays; of one that stands in the
     validation inputs, none stays in training. near: likewise of documents that share most of their runs of five words
     (MinHash-LSH), too."""
+    augmentation: Augmentation | None = None
+    """Variants of the training documents that are kept, drawn by `--seed` and added behind them; never in validation.
+    Of conversations only the user's messages are changed. Variants are not measured by the bounds above."""

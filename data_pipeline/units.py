@@ -97,6 +97,11 @@ class UnitMaker:
         }
         self._encoder = _ChatEncoder(tokenizer) if plan.kind == "chat" else _TextEncoder(tokenizer, plan.engine)
         self.engine: str = self._encoder.engine
+        self._augmenter = None
+        if plan.rules is not None and plan.rules.augmentation is not None:
+            from data_pipeline.augment import Augmenter  # without augmentation nothing of it is loaded
+
+            self._augmenter = Augmenter(plan)
         self.remarks: str = "; ".join([self.engine, *self._encoder.remarks])
         """For people: the engine, and what they should know of it or of the chat template."""
 
@@ -150,6 +155,9 @@ class UnitMaker:
                 counts[0] -= 1
                 continue
             counts[places[name]] += 1
+            if name == "train" and self._augmenter is not None:
+                assert repeated is not None
+                self._add_variants(document, content_hash, splits[name], repeated["augmented"], file)
         return {
             "identity": self._plan.identity,
             "engine": self.engine,
@@ -159,6 +167,21 @@ class UnitMaker:
             "empty_documents": empty,
             "ledger": asdict(ledger),
         } | ({} if repeated is None else {"repeated": repeated})
+
+    def _add_variants(
+        self, document: Document, content_hash: int, train: "_Split", tally: dict[str, Any], file: int
+    ) -> None:
+        """Add the variants of a training document behind it; those that the chat template refuses are counted."""
+        from data_pipeline.augment import count_variant
+
+        assert self._augmenter is not None
+        for variant in self._augmenter.variants(document, content_hash, tally):
+            try:
+                train.add(variant.document, variant.content, variant.content_hash)
+            except _UnusableConversation:
+                tally[variant.kind]["refused"] += 1
+                continue
+            count_variant(tally[variant.kind], document, variant.document, self._plan.files[file].label)
 
 
 def sample_unit(plan: Plan, number: int, report: Report) -> None:
