@@ -145,8 +145,9 @@ def test_options_of_the_other_kind_of_source_are_refused(folder: Path, tmp_path:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     for words, message in (
-        ([str(folder), "--step", "2"], "--step and --best are for runs"),
-        ([str(folder), "--best"], "--step and --best are for runs"),
+        ([str(folder), "--step", "2"], "--step, --best and --adapter are for runs"),
+        ([str(folder), "--best"], "--step, --best and --adapter are for runs"),
+        ([str(folder), "--adapter"], "--step, --best and --adapter are for runs"),
         ([str(run), "--trust-pickle"], "are for DeepSpeed checkpoints"),
     ):
         with pytest.raises(Exception, match=message):
