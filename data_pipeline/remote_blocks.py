@@ -33,7 +33,14 @@ ABANDONED_SECONDS = 3600.0
 """A temporary file of this age was left by a process that was killed."""
 SETTINGS_ERRORS = (
     *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ConfigNotFound", "ConfigParseError"),
-    *("ParamValidationError", "InvalidRegionError", "NoRegionError", "InvalidURL", "ValueError"),
+    *(
+        "ParamValidationError",
+        "InvalidRegionError",
+        "NoRegionError",
+        "InvalidURL",
+        "InvalidUrlClientError",
+        "ValueError",
+    ),
 )
 """Names of botocore's (under s3fs), aiohttp's and Python's errors for what no store was asked yet."""
 SETTINGS_NUMBERS = (errno.EINVAL, getattr(errno, "EREMCHG", None))

@@ -10,6 +10,8 @@ from typing import Any
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+NO_FILE = "/nonexistent/aws"
+
 
 @dataclass
 class S3Store:
@@ -22,9 +24,18 @@ class S3Store:
     answer: Callable[[str], tuple[str, str] | None] = lambda path: None
     """Of a GET's path: a status and S3's code for it, or None, where the store answers."""
 
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def environment(self) -> dict[str, str]:
+        """Where the store is and with which key; nothing that this machine has of its own is used."""
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_CONFIG_FILE": NO_FILE,
+            "AWS_SHARED_CREDENTIALS_FILE": NO_FILE,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+        }
 
     @contextmanager
     def serving(self) -> Iterator["S3Store"]:

@@ -18,22 +18,16 @@ from data_pipeline.stream import TrainingStream
 from data_pipeline.token_shards import TokenShards
 
 URL = "s3://lake/train"
-NO_FILE = "/nonexistent/aws"
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
     """A store with an empty bucket; where it is and with which key, the environment says."""
     with S3Store().serving() as served:
-        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-            monkeypatch.setenv(name, NO_FILE)
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", served.endpoint)
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        for name, value in served.environment().items():
+            monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("lake")
         yield served
@@ -71,7 +65,7 @@ def test_a_store_that_is_away_is_waited_for_until_the_deadline(
     one_block: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with S3Store().serving() as other:  # another way to the same objects
-        monkeypatch.setenv("AWS_ENDPOINT_URL", other.endpoint)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", other.environment()["AWS_ENDPOINT_URL"])
         s3fs.S3FileSystem.clear_instance_cache()
         shards = TokenShards(URL, options(tmp_path))
     began = time.monotonic()
