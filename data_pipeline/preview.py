@@ -1,5 +1,6 @@
 """The rows of a training stream as people can read them: what is learnt, where documents begin, what is padding."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from data_pipeline.remote_blocks import is_url
 from data_pipeline.stream import SOURCE_SHIFT, TrainingStream
-from data_pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
+from data_pipeline.tokenizer import load_tokenizer, tokenizer_at, tokenizer_fingerprint
+from data_pipeline.units import TOKENIZER
 
 DOCUMENT_MARK = "▐document▌"
 LEARNT_MARKS = ("«", "»")
@@ -62,14 +65,23 @@ def preview_rows(stream: TrainingStream, batch_rows: int, batches: int, shown: i
     return result
 
 
-def open_tokenizer(stream: TrainingStream, path: Path) -> Any:
-    """The tokenizer in ``path``. Raises ValueError unless it is the one that the stream's data was made with."""
-    if tokenizer_fingerprint(path) != stream.tokenizer_sha256:
-        raise ValueError(
-            f"{stream.sources[0]} was prepared with another tokenizer than {path} (or that one changed since): name "
-            "the one it was prepared with in a recipe"
-        )
-    return load_tokenizer(path)
+def tokenizer_beside(data: str) -> str:
+    """Where ``prepare`` puts the tokenizer of a split at a path or URL. ValueError: a URL without a folder above it."""
+    folder = os.path.dirname(data.rstrip("/"))
+    if is_url(data) and not is_url(folder):
+        raise ValueError(f"nothing can be beside {data}, and so no tokenizer: name it in a recipe, with --recipe")
+    return os.path.join(folder, TOKENIZER)
+
+
+def open_tokenizer(stream: TrainingStream, place: Path | str) -> Any:
+    """The tokenizer in a folder or at a URL. ValueError unless it is the one that the stream's data was made with."""
+    with tokenizer_at(place) as path:
+        if tokenizer_fingerprint(path) != stream.tokenizer_sha256:
+            raise ValueError(
+                f"{stream.sources[0]} was prepared with another tokenizer than {place} (or that one changed since): "
+                "name the one it was prepared with in a recipe"
+            )
+        return load_tokenizer(path)
 
 
 def print_preview(rows: Sequence[PreviewRow], tokenizer: Any, console: Console) -> None:

@@ -5,6 +5,7 @@ kill at any moment leaves at most a file under a temporary name. What is read fr
 the data set gives, so that nothing there needs to be trusted.
 """
 
+import errno
 import fcntl
 import functools
 import mmap
@@ -30,6 +31,20 @@ ATTEMPT_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 10.0
 ABANDONED_SECONDS = 3600.0
 """A temporary file of this age was left by a process that was killed."""
+SETTINGS_ERRORS = (
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ConfigNotFound", "ConfigParseError"),
+    *(
+        "ParamValidationError",
+        "InvalidRegionError",
+        "NoRegionError",
+        "InvalidURL",
+        "InvalidUrlClientError",
+        "ValueError",
+    ),
+)
+"""Names of botocore's (under s3fs), aiohttp's and Python's errors for what no store was asked yet."""
+SETTINGS_NUMBERS = (errno.EINVAL, getattr(errno, "EREMCHG", None))
+"""What s3fs makes of a store's answers that the request itself is wrong: another region, a malformed signature."""
 HELD_BLOCKS = 24
 """Blocks that a process keeps open: of 8 lanes the tokens of two and the beginnings of documents. They are mapped, so
 that the ranks of a node share the memory; one that is deleted meanwhile keeps its place on the disk until then."""
@@ -56,10 +71,10 @@ class RemoteFolder:
     Raises:
         FileNotFoundError, PermissionError: the store says so; that is not tried again.
         OSError: the deadline has passed.
-        ValueError: no filesystem of fsspec serves the URL, or its package is missing.
+        ValueError: no filesystem of fsspec serves the URL, its package is missing, or it is not set up for it.
     """
 
-    def __init__(self, url: str, deadline_seconds: float) -> None:
+    def __init__(self, url: str, deadline_seconds: float = RemoteOptions.deadline_seconds) -> None:
         self.url = url.rstrip("/")
         self._deadline_seconds = deadline_seconds
         self._filesystem, self._root = _open_filesystem(self.url)
@@ -81,7 +96,7 @@ class RemoteFolder:
             try:
                 return self._call(method, f"{self._root}/{name}", max(0.1, min(left, ATTEMPT_SECONDS)), arguments)
             except Exception as error:  # each filesystem has its own
-                problem = f"{type(error).__name__}: {error}".rstrip(": ")
+                problem = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
                 _refuse_lasting(error, f"{self.url}/{name}", problem)
             waited = time.monotonic() - began
             if waited + pause >= self._deadline_seconds:
@@ -120,6 +135,12 @@ def _refuse_lasting(error: Exception, place: str, problem: str) -> None:
         raise FileNotFoundError(f"{place} does not exist: look at the URL, or copy the data set there")
     if isinstance(error, PermissionError) or status in (401, 403):
         raise PermissionError(f"{place} may not be read ({problem}): give the credentials that its filesystem asks for")
+    malformed = type(error) is OSError and error.errno in SETTINGS_NUMBERS
+    if malformed or type(error).__name__ in SETTINGS_ERRORS:
+        raise ValueError(
+            f"{place} cannot be asked for ({problem}): look at the URL, and at the credentials, region and endpoint "
+            "that its filesystem is set up with"
+        )
 
 
 class BlockCache:
@@ -257,12 +278,17 @@ class RemoteFile:
         self._digests, self._dtype, self._block_bytes = digests, dtype, block_bytes
         self._cache, self._data_set = cache, data_set
         self.items_per_block = block_bytes // dtype.itemsize
+        self.blocks: int = digests.size
 
     def block(self, index: int) -> np.ndarray:
         """All items of one block, checked."""
         key = xxhash.xxh3_128_hexdigest(f"{self._data_set}/{self._name}/{index}".encode())
         digest = int(self._digests[index])
         return self._cache.get(key, digest, lambda: self._fetch(index, digest)).view(self._dtype)
+
+    def check(self, index: int) -> None:
+        """Fetch one block and compare it, whatever the cache has of it; ValueError where it is damaged."""
+        self._fetch(index, int(self._digests[index]))
 
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Items ``[start, stop)``, checked; a view where they are of one block."""

@@ -222,10 +222,15 @@ class _Shard:
                 )
 
     def check_all(self) -> None:
-        """Read every byte and compare it with the checksums; the first damaged block raises ValueError."""
+        """Compare names, sizes and every byte with the manifest and checksums; the first damage raises ValueError."""
+        self.check_files()
         for suffix in self._entry["bytes"]:
             reader = self.file(suffix)
-            reader.slice(0, reader.size)
+            if isinstance(reader, RemoteFile):
+                for _ in self._shards.requests.map(reader.check, range(reader.blocks)):
+                    pass
+            else:
+                reader.slice(0, reader.size)
 
     def fetch(self, block: int) -> None:
         """Have a block of tokens at hand, and where documents begin; only of remote shards."""
@@ -308,7 +313,7 @@ class TokenShards:
             self.remote = RemoteFolder(str(directory), options.deadline_seconds)
             self.directory = self.remote.url
             self.cache = open_cache(options.cache_directory, options.cache_bytes)
-            self._requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="requests")
+            self.requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="requests")
         content = self._read_manifest()
         self.fingerprint = xxhash.xxh3_128_hexdigest(content)
         self.manifest = self._parse_manifest(content)
@@ -330,7 +335,7 @@ class TokenShards:
     def check_files(self) -> None:
         """Compare names and sizes of all files with the manifest, without reading them."""
         shards = [self._shard(index) for index in range(len(self.manifest["shards"]))]
-        check = self._requests.map if self.remote is not None else map
+        check = self.requests.map if self.remote is not None else map
         for _ in check(_Shard.check_files, shards):
             pass
 
@@ -408,7 +413,7 @@ class TokenShards:
         shards = np.searchsorted(self._bounds, positions, side="right") - 1
         blocks = (positions - self._bounds[shards]) // items_per_block
         wanted = sorted(set(zip(shards.tolist(), blocks.tolist(), strict=True)))
-        for _ in self._requests.map(lambda which: self._shard(which[0]).fetch(which[1]), wanted):
+        for _ in self.requests.map(lambda which: self._shard(which[0]).fetch(which[1]), wanted):
             pass
 
     def _window_over_shards(self, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:

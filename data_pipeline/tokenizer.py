@@ -3,12 +3,16 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from data_pipeline.remote_blocks import RemoteFolder, is_url
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -248,6 +252,27 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
     destination.mkdir(parents=True, exist_ok=True)
     for file in tokenizer_files(source):
         shutil.copyfile(file, destination / file.name)
+
+
+@contextmanager
+def tokenizer_at(place: Path | str) -> Iterator[Path]:
+    """A tokenizer's folder on this machine: of one at a URL a copy, which ends with the context.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json. OSError, ValueError: see ``RemoteFolder``.
+    """
+    if not is_url(place):
+        yield Path(place)
+        return
+    folder = RemoteFolder(str(place))
+    with tempfile.TemporaryDirectory() as copy:
+        for name in _TOKENIZER_FILES:
+            try:
+                Path(copy, name).write_bytes(folder.read(name))
+            except FileNotFoundError:
+                if name == _TOKENIZER_FILES[0]:
+                    raise
+        yield Path(copy)
 
 
 def plain_text_encoder(tokenizer: Any) -> Tokenizer:

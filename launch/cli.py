@@ -155,8 +155,11 @@ def _load_rules(file: str) -> "Rules":
 
 @app.command()
 def verify(
-    directory: Annotated[
-        Path, typer.Argument(help="Prepared data or a split of it, a checkpoint, a run or an export.")
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIRECTORY", help="Prepared data or a split of it (or its URL), a checkpoint, a run or an export."
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -168,16 +171,16 @@ def verify(
 
     with answering(as_json) as answer:
         with progress_bar("verify") as progress:
-            result = run_verify(directory, progress)
+            result = run_verify(place, progress)
         answer(result)
         if not as_json:
-            print_values({"whole": str(directory)} | result)
+            print_values({"whole": place} | result)
 
 
 @app.command()
 def preview(
     data: Annotated[
-        Path | None, typer.Argument(help="Folder of token shards; default: the recipe's data.train.")
+        str | None, typer.Argument(help="Folder or URL of token shards; default: the recipe's data.train.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe whose batches, order and tokenizer are shown.")] = None,
     batches: Annotated[int, typer.Option(min=1, help="Global batches.")] = 1,
@@ -196,12 +199,13 @@ def preview(
         from gpt.recipe_file import load_recipe
         from gpt.train import open_training_data
 
-        instead = [f"data.train=[{{path: {json.dumps(str(data))}}}]", "data.stages=[]"] if data is not None else []
+        instead = [f"data.train=[{{path: {json.dumps(data)}}}]", "data.stages=[]"] if data is not None else []
         resolved = load_recipe(recipe, instead)
-        stream, tokenizer_path = open_training_data(resolved), Path(resolved.tokenizer)
+        stream, tokenizer_path = open_training_data(resolved), resolved.tokenizer
         batch_rows = resolved.global_batch_sequences
     elif data is not None:
-        stream, tokenizer_path = TrainingStream([(data, 1.0)], sequence_length, 0), data.parent / "tokenizer"
+        stream = TrainingStream([(data, 1.0)], sequence_length, 0)
+        tokenizer_path = shown.tokenizer_beside(data)
         batch_rows = rows
     else:
         raise typer.BadParameter("give a folder of token shards, or a recipe with --recipe")

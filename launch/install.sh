@@ -46,9 +46,9 @@ install_trainyard() {
   # Not every platform has wheels of the fast tokenizer engines (30 MB installed), and nothing needs them: there,
   # everything else is installed.
   install=(.venv/bin/python -m pip install --quiet --constraint constraints.txt)
-  "${install[@]}" --only-binary gigatoken,tiktoken,awkward-cpp --editable ".[test,lint,serve,language,fast]" || {
+  "${install[@]}" --only-binary gigatoken,tiktoken,awkward-cpp --editable ".[test,lint,serve,language,remote,fast]" || {
     echo "trainyard: the fast tokenizer engines cannot be installed here; going on without them ..." >&2
-    "${install[@]}" --editable ".[test,lint,serve,language]"
+    "${install[@]}" --editable ".[test,lint,serve,language,remote]"
   }
   # DeepSpeed compiles an extension at its first start, which takes half a minute: the first run need not wait for it.
   echo "Compiling DeepSpeed's extension ..."

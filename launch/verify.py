@@ -8,11 +8,12 @@ from typing import Any
 Progress = Callable[[int, int], None]
 
 
-def verify(directory: Path, progress: Progress | None = None) -> dict[str, Any]:
+def verify(place: Path | str, progress: Progress | None = None) -> dict[str, Any]:
     """Read everything in a folder that Trainyard wrote and compare it with the checksums.
 
     Args:
-        directory: prepared data or one split of it, a checkpoint, a run directory (all its checkpoints) or an export.
+        place: folder or URL of prepared data or one split of it; folder of a checkpoint, a run (all its checkpoints)
+            or an export.
         progress: called with (bytes done, bytes in all).
 
     Returns:
@@ -21,8 +22,12 @@ def verify(directory: Path, progress: Progress | None = None) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such folder, none of these kinds, or the first damaged file and its block.
     """
+    from data_pipeline.remote_blocks import is_url
     from data_pipeline.verify import holds_prepared_data, verify_data
 
+    if is_url(place):
+        return verify_data(place, progress)
+    directory = Path(place)
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no folder {directory}")
     if holds_prepared_data(directory):

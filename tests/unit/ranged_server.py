@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +20,8 @@ class RangedServer:
     """Names of the files asked for with GET."""
     answer: Callable[[str, bytes], bytes | int | None] = lambda name, content: content
     """Of a GET's file name and right answer: what is sent, or a status, or None, where it never comes."""
+    seconds_per_kilobyte: float = 0.0
+    """How slowly an answer trickles."""
 
     @property
     def url(self) -> str:
@@ -32,6 +34,7 @@ class RangedServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def parse_request(self) -> bool:
                 if ended.is_set():  # a connection may outlive the server
@@ -63,7 +66,11 @@ class RangedServer:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
-                self.wfile.write(answer)
+                pieces = range(0, len(answer), 64) if state.seconds_per_kilobyte else [0]
+                with suppress(ConnectionError):  # the client has given it up
+                    for begin in pieces:
+                        self.wfile.write(answer[begin : begin + 64] if state.seconds_per_kilobyte else answer)
+                        ended.wait(state.seconds_per_kilobyte / 16)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

@@ -219,9 +219,9 @@ def test_what_the_store_refuses_is_not_asked_again(
     assert len(one_block.requests) == 1
 
 
-@pytest.mark.parametrize("url", ["nosuch://place/train", "dropbox://place/train"])
+@pytest.mark.parametrize("url", ["nosuch://place/train", "dropbox://place/train", "http:///train"])
 def test_urls_that_nothing_can_read(url: str) -> None:
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be (read|asked for)"):
         TokenShards(url)
 
 
@@ -264,6 +264,30 @@ def test_a_process_killed_while_it_fetches_holds_nobody_up(one_block: RangedServ
     os.utime(leftover, (0, 0))
     assert TokenShards(one_block.url, options(tmp_path, blocks=0)).read(0, 3).tolist() == [2, 3, 4]
     assert not leftover.exists()
+
+
+def test_a_store_that_trickles_is_given_time_and_not_more(
+    one_block: RangedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = TokenShards(one_block.url, options(tmp_path))
+    one_block.seconds_per_kilobyte = 0.1
+    assert shards.read(0, 998).tolist() == list(range(2, 1000))
+
+    def slow_at_first(name: str, content: bytes) -> bytes:
+        one_block.seconds_per_kilobyte = 10.0 if one_block.requests.count(name) == 1 else 0.0
+        return content
+
+    one_block.requests.clear()
+    one_block.answer = slow_at_first
+    monkeypatch.setattr(remote_blocks, "ATTEMPT_SECONDS", 0.3)
+    assert TokenShards(one_block.url, options(tmp_path, blocks=0)).fingerprint == shards.fingerprint
+    assert one_block.requests.count("manifest.json") == 2
+    one_block.answer = lambda name, content: content
+    one_block.seconds_per_kilobyte = 10.0
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"manifest\.json could not be read for \d+ seconds \(FSTimeoutError\)"):
+        TokenShards(one_block.url, options(tmp_path, deadline=1.0))
+    assert time.monotonic() - began < 3
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_installs_the_tested_versions_once(checkout: Path) -> None:
     assert install(checkout).returncode == 0
     assert install(checkout).returncode == 0
     arguments = (checkout / "installed.txt").read_text().splitlines()
-    fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,serve,language,fast]"
+    fast = "--only-binary gigatoken,tiktoken,awkward-cpp --editable .[test,lint,serve,language,remote,fast]"
     assert arguments == [f"-m pip install --quiet --constraint constraints.txt {fast}", "-m launch.prebuild"]
     with (checkout / "constraints.txt").open("a") as file:
         file.write("another==1\n")
@@ -83,7 +83,7 @@ def test_without_wheels_of_the_fast_engines_the_rest_is_installed(checkout: Path
     assert done.returncode == 0
     assert "fast tokenizer engines cannot be installed here" in done.stderr
     *_, last, _ = (checkout / "installed.txt").read_text().splitlines()
-    assert last == "-m pip install --quiet --constraint constraints.txt --editable .[test,lint,serve,language]"
+    assert last == "-m pip install --quiet --constraint constraints.txt --editable .[test,lint,serve,language,remote]"
     assert (checkout / ".venv" / "trainyard-installed").is_file()
     assert install(checkout, FAILS=".[test,lint,serve").returncode == 0  # nothing to do
     (checkout / ".venv" / "trainyard-installed").unlink()

@@ -2,16 +2,19 @@
 
 import io
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 from data_samples import save_tokenizer, write_shards
+from ranged_server import RangedServer
 from recipe_samples import PreparedData, recipe_content
 from rich.console import Console
 from typer.testing import CliRunner
 
 from data_pipeline.preview import open_tokenizer, preview_rows, print_preview
+from data_pipeline.remote_blocks import open_cache
 from data_pipeline.stream import TrainingStream
 from data_pipeline.tokenizer import tokenizer_fingerprint
 from launch.cli import app
@@ -104,6 +107,28 @@ def test_the_command_without_a_recipe_as_json(
         assert len(row["token_ids"]) == len(row["learnt"]) == 257
         assert row["learnt"][0] is False and sum(row["learnt"]) > 200
         assert row["document_starts"][0] == 0
+
+
+def test_data_at_a_url_with_the_tokenizer_beside_it(
+    prepared_data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the cache is by default
+    open_cache.cache_clear()
+    run = CliRunner().invoke
+    with RangedServer(prepared_data.text).serving() as server:
+        shown = run(app, ["preview", f"{server.url}/train/", "--rows", "1"])
+        assert shown.exit_code == 0 and f"{server.url}/train sample" in shown.output, shown.output
+    recipe_order = TrainingStream([(prepared_data.text / "train", 1.0)], 256, 0, order="block")
+    tokenizer = open_tokenizer(recipe_order, prepared_data.text / "tokenizer")
+    [row] = preview_rows(recipe_order, 1, 1, 1)
+    assert tokenizer.decode(row.token_ids[1:20]) in shown.output
+    (tmp_path / "sets").symlink_to(prepared_data.text / "train")
+    with RangedServer(tmp_path).serving() as server:
+        refused = run(app, ["preview", f"{server.url}/sets"])
+        assert refused.exit_code == 1 and "/tokenizer/tokenizer.json does not exist" in str(refused.exception)
+    with RangedServer(tmp_path / "sets").serving() as server:
+        refused = run(app, ["preview", server.url])
+        assert refused.exit_code == 1 and "name it in a recipe" in str(refused.exception)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

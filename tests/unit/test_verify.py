@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from data_samples import save_tokenizer, small_tokenizer, write_jsonl
+from ranged_server import RangedServer
 from small_checkpoint import make_model, write_checkpoint
 from typer.testing import CliRunner
 
 from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.remote_blocks import open_cache
+from data_pipeline.token_shards import TokenShards
 from gpt.checkpoint.format import checkpoint_directory
 from gpt.export import _finish
 from launch.cli import app
@@ -92,6 +96,34 @@ def test_cut_missing_and_changed_files_are_named(copy: Path) -> None:
     (copy / "report.json").write_text('{"splits": []}')
     with pytest.raises(ValueError, match=r"report\.json is damaged"):
         verify(copy)
+
+
+def test_data_at_a_url_is_verified_there(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one below the URL is read, not what an earlier command left in the cache."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the cache is by default
+    open_cache.cache_clear()
+    with RangedServer(copy).serving() as server:
+        assert verify(server.url) == verify(copy)
+        assert verify(f"{server.url}/train/")["splits"] == {"train": verify(copy)["splits"]["train"]}
+        stored = sum(file.stat().st_size for file in copy.glob("*/u-*.bin"))
+        TokenShards(f"{server.url}/train").read(0, 10)  # into the cache
+        shard = copy / "train" / "u-00000-000.bin"
+        server.bytes_sent = 0
+        verify(server.url)
+        assert server.bytes_sent > stored
+        kept = shard.read_bytes()
+        for content, said in [(bytes([kept[0] ^ 1]) + kept[1:], "block 0"), (kept + b"xx", "but the manifest says")]:
+            shard.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"/train/u-00000-000\.bin.*{said}.*copy the data set"):
+                verify(server.url)
+        shard.write_bytes(kept)
+        (copy / "tokenizer" / "tokenizer.json").write_text("{}")
+        with pytest.raises(ValueError, match=rf"{server.url}/tokenizer/tokenizer\.json is not the tokenizer"):
+            verify(server.url)
+        with pytest.raises(FileNotFoundError, match=r"/absent/manifest\.json does not exist: look at the URL"):
+            verify(f"{server.url}/absent")
+        result = CliRunner().invoke(app, ["verify", f"{server.url}/validation"])
+        assert result.exit_code == 0 and f"whole: {server.url}/validation" in result.output
 
 
 def test_checkpoints_and_runs(tmp_path: Path) -> None:
