@@ -1,5 +1,6 @@
 """`trainyard tune` on a real model: its runs are the trainer's, and the gradients are measured on weights that stay."""
 
+import importlib.util
 import json
 
 import pytest
@@ -19,7 +20,10 @@ def test_tune_suggests_a_rate_and_a_batch(runs: Runs) -> None:
     measured = runs.metrics("tuned-tune/range")
     rates = [measured[step]["train/learning_rate"] for step in range(1, 41)]
     assert rates == pytest.approx([10 ** (-5 + 6 * step / 39) for step in range(40)], rel=1e-6)
-    assert (folder / "tune.png").stat().st_size > 5000 and answer["picture"] == str(folder / "tune.png")
+    if importlib.util.find_spec("matplotlib") is None:
+        assert answer["picture"] is None
+    else:
+        assert (folder / "tune.png").stat().st_size > 5000 and answer["picture"] == str(folder / "tune.png")
     assert json.loads((folder / "tune.json").read_text("utf-8"))["learning_rate"] == answer["learning_rate"]
 
     squares = {}

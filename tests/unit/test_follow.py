@@ -43,7 +43,7 @@ def note(run: Path, event: str) -> None:
 
 
 def test_each_checkpoint_is_scored_once_until_the_run_has_ended(run: Path, tmp_path: Path) -> None:
-    task = write_task(tmp_path, "parity", {"kind": "classification", "labels": ["odd", "even"], "answer": "kind"})
+    task = write_task(tmp_path, "parity", {"kind": "multiple_choice", "options": ["odd", "even"], "answer": "kind"})
     lines: list[str] = []
 
     def said(line: str) -> None:
@@ -60,15 +60,25 @@ def test_each_checkpoint_is_scored_once_until_the_run_has_ended(run: Path, tmp_p
         assert evaluate_task(run, task)["scores"] == result["steps"][step]
         shutil.rmtree(checkpoint_directory(run, step))
     board = EventAccumulator(str(run / "tensorboard" / "scores" / "parity")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("task/accuracy")] == [
-        (step, pytest.approx(scores["accuracy"]["value"])) for step, scores in result["steps"].items()
+    assert [(e.step, e.value) for e in board.Scalars("task/length_normalized_accuracy")] == [
+        (step, pytest.approx(scores["length_normalized_accuracy"]["value"])) for step, scores in result["steps"].items()
     ]
     assert [e.step for e in board.Tensors("task/examples/text_summary")] == [10, 20, 30]
     table = board.Tensors("task/examples/text_summary")[0].tensor_proto.string_val[0].decode()
     assert table.splitlines()[0] == "| prompt | target | prediction |" and "| Is 1 even? | even |" in table
-    assert [e.step for e in board.Images("task/confusion_matrix")] == [10, 20, 30]
     again = follow(run, task, say=lambda line: pytest.fail(f"scored again: {line}"), poll_seconds=0.05)
     assert again["steps"] == result["steps"]
+
+
+def test_a_classification_shows_its_confusion_matrix(run: Path, tmp_path: Path) -> None:
+    for package, extra in (("sklearn", "tasks"), ("matplotlib", "plot")):
+        pytest.importorskip(package, reason=f"needs the extra {extra}")
+    note(run, "end")
+    task = write_task(tmp_path, "parity", {"kind": "classification", "labels": ["odd", "even"], "answer": "kind"})
+    follow(run, task, say=lambda line: None)
+    board = EventAccumulator(str(run / "tensorboard" / "scores" / "parity")).Reload()
+    assert [e.step for e in board.Images("task/confusion_matrix")] == [10, 20]
+    assert [e.step for e in board.Scalars("task/macro_f1")] == [10, 20]
 
 
 def test_it_waits_while_the_run_goes_on(run: Path, tmp_path: Path) -> None:
