@@ -16,7 +16,10 @@ from gpt.checkpoint.format import checkpoint_directory
 from gpt.evaluate import evaluate_task
 from gpt.follow import follow
 
-ROWS = [{"q": f"Is {n} even?", "kind": ["odd", "even"][n % 2]} for n in range(6)]
+ROWS = [
+    {"q": f"Is {n} even?", "kind": ["odd", "even"][n % 2], "options": [str(n * 7919), str(n * 104729)], "right": n % 2}
+    for n in range(1, 17)
+]
 
 
 def write_task(folder: Path, name: str, task: dict[str, Any]) -> Path:
@@ -43,7 +46,7 @@ def note(run: Path, event: str) -> None:
 
 
 def test_each_checkpoint_is_scored_once_until_the_run_has_ended(run: Path, tmp_path: Path) -> None:
-    task = write_task(tmp_path, "parity", {"kind": "multiple_choice", "options": ["odd", "even"], "answer": "kind"})
+    task = write_task(tmp_path, "parity", {"kind": "multiple_choice", "options": "options", "answer": "right"})
     lines: list[str] = []
 
     def said(line: str) -> None:
@@ -56,6 +59,7 @@ def test_each_checkpoint_is_scored_once_until_the_run_has_ended(run: Path, tmp_p
     assert list(result["steps"]) == [10, 20, 30] and [line.partition(":")[0] for line in lines] == [
         f"step {step}" for step in (10, 20, 30)
     ]
+    assert len({scores["accuracy"]["value"] for scores in result["steps"].values()}) > 1
     for step in (30, 20, 10):  # the newest is what `evaluate RUN --task` scores
         assert evaluate_task(run, task)["scores"] == result["steps"][step]
         shutil.rmtree(checkpoint_directory(run, step))
@@ -65,7 +69,7 @@ def test_each_checkpoint_is_scored_once_until_the_run_has_ended(run: Path, tmp_p
     ]
     assert [e.step for e in board.Tensors("task/examples/text_summary")] == [10, 20, 30]
     table = board.Tensors("task/examples/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert table.splitlines()[0] == "| prompt | target | prediction |" and "| Is 1 even? | even |" in table
+    assert table.splitlines()[0] == "| prompt | target | prediction |" and "| Is 2 even? | 15838 |" in table
     again = follow(run, task, say=lambda line: pytest.fail(f"scored again: {line}"), poll_seconds=0.05)
     assert again["steps"] == result["steps"]
 
