@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,22 @@ Say = Callable[[str], None]
 CHECKSUMS_NAME = "checksums.json"
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a folder is written; what a call to `export_run` or `export_deepspeed` may give by name."""
+
+    dtype: str | None = None
+    """bf16, fp16 or fp32; None: the training dtype."""
+    ungated: bool = False
+    """Whether a source without a probe of the live engine is exported all the same."""
+    licence: str = UNKNOWN_LICENCE
+    max_shard_size: str = MAX_SHARD_SIZE
+    gguf: bool = False
+    """Whether the folder also holds the model as one file for llama.cpp, which is compared, too."""
+    say: Say = print
+    progress: Progress | None = None
+
+
 def export_run(
     source: Path,
     out: Path,
@@ -62,19 +79,21 @@ def export_run(
         ValueError: no such checkpoint or damaged files, no adapter or another base, and as `export_model`.
         FileNotFoundError: `source` is no run directory, or the run's tokenizer is gone.
     """
+    how = ExportOptions(**options)
     if best:
         step = best_step(Path(source))
         if (better := better_than(Path(source), step)) is not None:
-            say = options.get("say", print)
-            say(f"warning: step {better} was better than step {step}, but has no checkpoint; see checkpoint.keep_best")
+            how.say(
+                f"warning: step {better} was better than step {step}, but has no checkpoint; see checkpoint.keep_best"
+            )
     found = source_of_run(Path(source), step, describe_data)
     if found.recipe is not None and found.recipe.get("lora"):
         if adapter:
-            return export_adapter(found, out, **options)
+            return export_adapter(found, out, how)
         found = merged(found)
     elif adapter:
         raise ValueError(f"{source} trained no adapter (its recipe has no lora): leave --adapter out.")
-    return export_model(found, out, **options)
+    return export_model(found, out, how)
 
 
 def export_deepspeed(
@@ -91,74 +110,50 @@ def export_deepspeed(
     Raises as they do.
     """
     found = source_of_deepspeed(source, config=config, tokenizer=tokenizer, trust_pickle=trust_pickle)
-    return export_model(found, out, **options)
+    return export_model(found, out, ExportOptions(**options))
 
 
-def export_model(
-    source: ExportSource,
-    out: Path,
-    *,
-    dtype: str | None = None,
-    ungated: bool = False,
-    licence: str = UNKNOWN_LICENCE,
-    max_shard_size: str = MAX_SHARD_SIZE,
-    gguf: bool = False,
-    say: Say = print,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+def export_model(source: ExportSource, out: Path, how: ExportOptions) -> dict[str, Any]:
     """Write `source` as the Hugging Face folder `out`.
 
-    `dtype` is bf16, fp16 or fp32, by default the training dtype. A source without a probe of the live engine is
-    exported only where `ungated` allows it. With `gguf` the folder also holds the model as one file for llama.cpp,
-    which is compared, too. The folder is written under a temporary name, checked by `export_gate.py` and renamed; one
-    that fails is renamed `<out>.failed`. Returns what was written and, for each check of the gate, its sentence.
+    The folder is written under a temporary name, checked by `export_gate.py` and renamed; one that fails is renamed
+    `<out>.failed`. Returns what was written and, for each check of the gate, its sentence.
 
     Raises ValueError for an `out` that is not empty, damaged files, a tokenizer that does not fit, too little disk or
     memory, or where the gate found the folder unequal to the live engine.
     """
-    out = _checked_out(Path(out), source, ungated)
-    check_licence(licence)
-    shard_bytes = parse_size(max_shard_size)
-    precision = _precision(dtype, source.weights.precision)
+    out = _checked_out(Path(out), source, how.ungated)
+    check_licence(how.licence)
+    shard_bytes = parse_size(how.max_shard_size)
+    precision = _precision(how.dtype, source.weights.precision)
     with torch.device("meta"):
         model = empty_model(source.weights.config, source.weights.shapes, TORCH_DTYPES[precision])
     _check_vocabulary(source.tokenizer, model)
-    if gguf:
+    if how.gguf:
         check_convertible(model.config, source.tokenizer)
     tensors = plan_tensors(source.weights, model, TORCH_DTYPES[precision])
     expected = expected_of(source, precision)
-    expected["memory_bytes"] = _check_room(out, source, model, tensors, gate_memory(model, expected), gguf, say)
+    expected["memory_bytes"] = _check_room(out, source, model, tensors, gate_memory(model, expected), how)
 
     def write(folder: Path) -> dict[str, FileEntry]:
-        files = write_weights(folder, tensors, shard_bytes, progress)
+        files = write_weights(folder, tensors, shard_bytes, how.progress)
         _write_configuration(folder, model, source.tokenizer, precision)
         return files
 
-    return _publish(source, out, precision, licence, tensors, expected, write, say, gguf=gguf)
+    return _publish(source, out, how, precision, tensors, expected, write)
 
 
-def export_adapter(
-    source: ExportSource,
-    out: Path,
-    *,
-    dtype: str | None = None,
-    ungated: bool = False,
-    licence: str = UNKNOWN_LICENCE,
-    max_shard_size: str = MAX_SHARD_SIZE,
-    gguf: bool = False,
-    say: Say = print,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+def export_adapter(source: ExportSource, out: Path, how: ExportOptions) -> dict[str, Any]:
     """Write the adapter alone as the folder `out`, which peft puts onto its base. As `export_model` otherwise.
 
     Raises as it does, and ValueError for what only a whole model can be: a GGUF file, or several files.
     """
-    out = _checked_out(Path(out), source, ungated)
-    check_licence(licence)
-    precision = _precision(dtype, source.weights.precision)
+    out = _checked_out(Path(out), source, how.ungated)
+    check_licence(how.licence)
+    precision = _precision(how.dtype, source.weights.precision)
     tensors = plan_adapter(source.weights, TORCH_DTYPES[precision])
-    if gguf or sum(tensor.size_bytes for tensor in tensors) > parse_size(max_shard_size):
-        raise ValueError(f"An adapter is one file for peft; leave --gguf out, and give more than {max_shard_size}.")
+    if how.gguf or sum(tensor.size_bytes for tensor in tensors) > parse_size(how.max_shard_size):
+        raise ValueError(f"An adapter is one file for peft; leave --gguf out, and give more than {how.max_shard_size}.")
     config, base = adapter_config(source)
     expected = expected_of(source, precision) | {"masters": None}
     memory, available = gate_memory(base, expected), available_memory_bytes()
@@ -171,30 +166,27 @@ def export_adapter(
     def write(folder: Path) -> dict[str, FileEntry]:
         config.save_pretrained(str(folder))
         source.tokenizer.save_pretrained(folder)
-        return write_weights(folder, tensors, sum(t.size_bytes for t in tensors), progress, stem="adapter_model")
+        return write_weights(folder, tensors, sum(t.size_bytes for t in tensors), how.progress, stem="adapter_model")
 
-    return _publish(source, out, precision, licence, tensors, expected, write, say)
+    return _publish(source, out, how, precision, tensors, expected, write)
 
 
 def _publish(
     source: ExportSource,
     out: Path,
+    how: ExportOptions,
     precision: Precision,
-    licence: str,
     tensors: list[TensorToWrite],
     expected: dict[str, Any],
     write: Callable[[Path], dict[str, FileEntry]],
-    say: Say,
-    *,
-    gguf: bool = False,
 ) -> dict[str, Any]:
     """Let `write` fill a folder, put it through the gate and give it its name; what `export_model` returns."""
     with _unfinished(out) as folder:
         files = write(folder)
         report = run_gate(folder, expected)
-        if gguf:
+        if how.gguf:
             add_gguf(folder, out.name, report)
-        (folder / "README.md").write_text(model_card(source, precision, licence, report), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(source, precision, how.licence, report), encoding="utf-8")
         _write_json(folder / "export_report.json", source.facts | report)
         _finish(folder, files)
         if not report["passed"]:
@@ -202,7 +194,7 @@ def _publish(
         folder.rename(out)  # replaces an empty folder
         fsync_directory(out.parent)
     if not report["gated"]:
-        say(f"warning: {out} was not checked against the training engine (--ungated); its card and report say so")
+        how.say(f"warning: {out} was not checked against the training engine (--ungated); its card and report say so")
     return source.facts | {
         "folder": str(out),
         "dtype": precision,
@@ -281,8 +273,7 @@ def _check_room(
     model: PreTrainedModel,
     tensors: list[TensorToWrite],
     memory: GateMemory,
-    gguf: bool,
-    say: Say,
+    how: ExportOptions,
 ) -> int | None:
     """Print what the export needs of disk and memory, then compare it with what there is.
 
@@ -294,17 +285,17 @@ def _check_room(
     writing = converted + source.weights.memory_bytes + (BLOCKS_ON_THE_WAY + 1) * BLOCK_BYTES
     place = next(parent for parent in out.absolute().parents if parent.exists())
     weights = sum(tensor.size_bytes for tensor in tensors)
-    free, needed = shutil.disk_usage(place).free, weights * (2 if gguf else 1) + OTHER_FILES_BYTES
+    free, needed = shutil.disk_usage(place).free, weights * (2 if how.gguf else 1) + OTHER_FILES_BYTES
     available = available_memory_bytes()
     by_layer = available < memory.rest + memory.weights
     if by_layer:
         needed += 4 * sum(joined)  # a layout that accelerate cannot read from the folder's files is written beside it
     way = "the model layer by layer, the rest on disk" if by_layer else "the whole model in memory"
-    check_gguf = memory.rest + gate_weights_bytes(model) if gguf else 0
-    say(f"disk: {gib(needed)} needed, {gib(free)} free in {place}")
-    say(
+    check_gguf = memory.rest + gate_weights_bytes(model) if how.gguf else 0
+    how.say(f"disk: {gib(needed)} needed, {gib(free)} free in {place}")
+    how.say(
         f"memory: {gib(writing)} needed to write, {gib(memory.least if by_layer else memory.rest + memory.weights)} "
-        f"to check with {way}{f', {gib(check_gguf)} to check the GGUF file' * gguf}, {gib(available)} available"
+        f"to check with {way}{f', {gib(check_gguf)} to check the GGUF file' * how.gguf}, {gib(available)} available"
     )
     if free < needed:
         raise ValueError(f"The export needs {gib(needed)} of disk, but {place} has {gib(free)} free.")

@@ -19,7 +19,7 @@ from gpt.generate import Loading
 from gpt.model import is_run_directory
 from gpt.run_directory import json_lines
 from gpt.scores import Scored, require_libraries, score
-from gpt.task import load_task
+from gpt.task import Classification, load_task
 
 POLL_SECONDS = 5.0
 EXAMPLES = 8
@@ -55,6 +55,8 @@ def follow(
         raise ValueError(f"{run} is no run directory, whose checkpoints could be followed")
     task, questions = load_task(task_file)
     require_libraries(task)
+    if isinstance(task, Classification) and importlib.util.find_spec("matplotlib") is None:
+        say("the confusion matrix is not drawn: matplotlib (the extra plot) is not installed")
     file = run / "scores" / f"{task_file.stem}.jsonl"
     file.parent.mkdir(exist_ok=True)
     scores = {record["step"]: record["scores"] for record in json_lines(file)}

@@ -293,7 +293,7 @@ def tune(
         try:
             result = tuning.tune(
                 fetch(resolved),
-                processes=processes or default_processes()[0],
+                processes=default_processes()[0] if processes is None else processes,
                 steps=steps,
                 lowest=lowest,
                 highest=highest,

@@ -172,6 +172,10 @@ def _measure_batch(content: dict[str, Any], recipe: Recipe, rate: float, process
         }
         still["optimizer"] |= {"learning_rate": STILL, "warmup_steps": 0, "weight_decay": 0.0}
         norms = [r["train/gradient_norm"] for r in _run(parse_recipe(still, f"of the run {name}"), processes)]
+        if None in norms:  # as metrics.jsonl has what is not finite
+            raise ValueError(
+                f"a gradient of the run {name} was not finite at the suggested rate {rate:.2g}: look at the data"
+            )
         squares[name] = sum(norm**2 for norm in norms) / len(norms)
     length = recipe.data.sequence_length
     scale = noise_scale(small * length, large * length, squares["small"], squares["large"])
