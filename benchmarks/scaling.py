@@ -2,9 +2,8 @@
 
     python benchmarks/scaling.py [--json]
 
-Each run is a command of its own; its metrics.jsonl tells everything. It is written down at once: a call that was cut
-short goes on, and one that is given again measures nothing before the JSON is deleted. The plot stands beside it.
-Everything is made under build/scaling.
+Each run is a command of its own; its metrics.jsonl tells everything. The plot stands beside the JSON. Everything is
+made under build/scaling.
 """
 
 import argparse
@@ -45,14 +44,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args()
     facts = describe(("torch", "transformers", "deepspeed"))
-    facts["runs"] = json.loads(OUT.read_text())["runs"] if OUT.exists() else []
+    facts["runs"] = []
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     make_data(WORK, MODELS["10m"]["vocab_size"])
     for case in (case for part in PARTS.values() for case in part):
         if case not in [run["case"] for run in facts["runs"]]:
             facts["runs"].append(measure(case))
-            OUT.write_text(json.dumps(facts, indent=1) + "\n")
     facts["targets"] = judge(targets(facts["runs"]))
     shutil.rmtree(WORK)
     if options.json:
@@ -87,17 +85,9 @@ def measure(case: dict[str, int]) -> dict[str, Any]:
         "checkpoint": {"every_steps": None},
     }
     (WORK / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "launch.cli",
-        "train",
-        str(WORK / "recipe.yaml"),
-        "--processes",
-        str(case["ranks"]),
-    ]
+    train = ["-m", "launch.cli", "train", str(WORK / "recipe.yaml"), "--processes", str(case["ranks"])]
     environment = {**START_ENVIRONMENT, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, cwd=WORK, env=environment, stdout=sys.stderr, check=True)
+    subprocess.run([sys.executable, *train], cwd=WORK, env=environment, stdout=sys.stderr, check=True)
     lines = (WORK / "runs" / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steady = [json.loads(line) for line in lines][WARM_STEPS:]
     names = ("tokens_per_second", "communication_bytes", "communication_seconds", "step_seconds")
