@@ -158,6 +158,7 @@ def write_recipe(options: argparse.Namespace) -> Path:
         "optimizer": {**SETTINGS, "warmup_steps": 1},
         "gradient_checkpointing": {"every_layers": 1} if options.checkpointing else None,
         "deepspeed": f"ds_configs/zero{options.stage}.json",
+        "compile": True,  # as `auto` does in runs that are not as short as these
         "checkpoint": {"every_steps": SAVE_EVERY_STEPS if options.steps > SAVE_EVERY_STEPS else None},
         "logging": {"console_every_steps": 1},
     }

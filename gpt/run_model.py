@@ -13,7 +13,6 @@ from gpt.model import (
     CompiledLayers,
     build_model,
     checkpoint_gradients,
-    choose_attention,
     count_parameters,
     decoder_layers,
     frozen_elements,
@@ -23,12 +22,18 @@ from gpt.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+COMPILED_STEPS = 1000
+"""From how many steps on `compile: auto` compiles on a CPU."""
+
 
 def build_run_model(
-    recipe: Recipe, config: PreTrainedConfig, zero: Any, *, on_gpu: bool
+    recipe: Recipe, config: PreTrainedConfig, zero: Any, *, steps: int, on_gpu: bool
 ) -> tuple["PreTrainedModel", Callable[[], Any]]:
-    """The model, and a context in which its compiled layers run plainly. `zero` is as `build_model` has it."""
-    choose_attention(config, recipe.attention)
+    """The model, and a context in which its compiled layers run plainly. `zero` is as `build_model` has it, `steps`
+    the run's."""
+    from gpt.attention import choose_attention  # transformers' models, for which a launcher need not wait
+
+    choose_attention(config, recipe.attention, recipe.data.sequence_length, on_gpu=on_gpu)
     model = build_model(recipe.model, config, recipe.precision, recipe.train.seed, zero)
     if recipe.lora is not None:
         add_adapter(model, recipe.lora, recipe.train.seed)
@@ -36,7 +41,8 @@ def build_run_model(
     mark_leaf_modules(model, decoder_layers(model))
     if recipe.gradient_checkpointing is not None:
         checkpoint_gradients(model, recipe.gradient_checkpointing.every_layers)
-    compiled = recipe.compile is True or (recipe.compile == "auto" and on_gpu)
+    worth_it = on_gpu or steps >= COMPILED_STEPS
+    compiled = recipe.compile is True or (recipe.compile == "auto" and worth_it)
     return model, CompiledLayers(model).plain if compiled else nullcontext
 
 

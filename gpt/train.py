@@ -306,7 +306,9 @@ def _run_claimed(
         _describe_run(plan, owner, ranks.world_size)
     heartbeat.progress("building the model")
     keep_alive = distributed.zero_config(plan.deepspeed)
-    model, uncompiled = build_run_model(recipe, plan.config, keep_alive, on_gpu=ranks.device.type == "cuda")
+    model, uncompiled = build_run_model(
+        recipe, plan.config, keep_alive, steps=plan.schedule.total_steps, on_gpu=ranks.device.type == "cuda"
+    )
     heartbeat.progress("starting the engine")
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks, trained_only=recipe.lora is not None)
