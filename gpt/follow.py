@@ -14,12 +14,12 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt.checkpoint.format import list_checkpoints
-from gpt.evaluate import load_with_tokenizer
+from gpt.evaluate import load_task, load_with_tokenizer
 from gpt.generate import Loading
 from gpt.model import is_run_directory
 from gpt.run_directory import json_lines
 from gpt.scores import Scored, require_libraries, score
-from gpt.task import Classification, load_task
+from gpt.task import Classification
 
 POLL_SECONDS = 5.0
 EXAMPLES = 8
