@@ -1,7 +1,7 @@
 """The model as a recipe wants it: adapter, attention, recomputed and compiled layers; and what a token costs."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
@@ -26,11 +26,14 @@ COMPILED_STEPS = 1000
 """From how many steps on `compile: auto` compiles on a CPU."""
 
 
+Context = Callable[[], AbstractContextManager[None]]
+
+
 def build_run_model(
     recipe: Recipe, config: PreTrainedConfig, zero: Any, *, steps: int, on_gpu: bool
-) -> tuple["PreTrainedModel", Callable[[], Any]]:
-    """The model, and a context in which its compiled layers run plainly. `zero` is as `build_model` has it, `steps`
-    the run's."""
+) -> tuple["PreTrainedModel", Context, Context]:
+    """The model; a context in which its layers are not compiled; and one in which the attention, too, is that of a
+    model that is loaded elsewhere. `zero` is as `build_model` has it, `steps` the run's."""
     from gpt.attention import choose_attention  # transformers' models, for which a launcher need not wait
 
     choose_attention(config, recipe.attention, recipe.data.sequence_length, on_gpu=on_gpu)
@@ -43,7 +46,20 @@ def build_run_model(
         checkpoint_gradients(model, recipe.gradient_checkpointing.every_layers)
     worth_it = on_gpu or steps >= COMPILED_STEPS
     compiled = recipe.compile is True or (recipe.compile == "auto" and worth_it)
-    return model, CompiledLayers(model).plain if compiled else nullcontext
+    uncompiled: Context = CompiledLayers(model).plain if compiled else nullcontext
+    if config._attn_implementation != "blockwise":
+        return model, uncompiled, uncompiled
+
+    @contextmanager
+    def as_exported() -> Iterator[None]:
+        config._attn_implementation = "sdpa"
+        try:
+            with uncompiled():
+                yield
+        finally:
+            config._attn_implementation = "blockwise"
+
+    return model, uncompiled, as_exported
 
 
 def training_flops_per_token(recipe: Recipe, config: PreTrainedConfig, model: "PreTrainedModel") -> float:

@@ -65,7 +65,8 @@ class Trainer:
     evaluate: Callable[["Trainer"], Evaluation] | None
     saver: Saver
     stop_requested: Callable[[], bool]
-    uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
+    as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+    """In it, the model computes as it will where it is loaded: layers not compiled, transformers' attention."""
     output_layer: OutputLayer | None = None
     """Where it gives the loss; logits are then never whole."""
     embedding_noise: Callable[[int], AbstractContextManager[Any]] = nullcontext
@@ -287,7 +288,7 @@ class Trainer:
         without effect: where, on any rank, a value was first not finite."""
         now, skipped_steps = random_state(self.ranks.device), self.engine.skipped_steps
         set_random_state(random, self.ranks.device)
-        with self.uncompiled(), first_non_finite(self.engine.module, self.ranks.rank) as found:
+        with self.as_exported(), first_non_finite(self.engine.module, self.ranks.rank) as found:
             self._accumulate(batch, whole_logits=True)
         distributed.discard_gradients(self.engine)
         self.engine.skipped_steps = skipped_steps
@@ -335,7 +336,8 @@ class Trainer:
         self._phase(f"rollback at step {step}")
         may = self.rollbacks < self.recipe.divergence.rollbacks
         self.saver.finish()  # what is read here is the newest that is committed
-        loaded = self.load() if may else None
+        with self.as_exported():
+            loaded = self.load() if may else None
         if loaded is None:
             why = "there is no checkpoint to go back to"
             if not may:
@@ -471,7 +473,7 @@ class Trainer:
         with self.clock.phase("checkpoint_stall"):
             self.engine.eval()
             row = self.batches.first_row(step + 1)
-            with self.uncompiled():
+            with self.as_exported():
                 logits = self.forward(row.input_ids, row.position_ids)
         self.saver.give_probe(logits, row)
 
