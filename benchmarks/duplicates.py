@@ -4,9 +4,9 @@
 
 freebsd-manpages holds many pages under several names, openjdk-17-doc repeats its navigation on every page. Both are
 prepared by ``trainyard prepare`` with the rule ``duplicates``: paragraph by paragraph with ``exact``, which the
-reference figures count, and page by page with ``exact`` and ``near``. The reference does not say how it made text of HTML.
-Its unique text of openjdk-17-doc is ours; its text in all is ours without the foot of every page (603 bytes, a notice of
-copyright), so that is what is compared, and the whole pages stand beside it.
+reference figures count, and page by page with ``exact`` and ``near``. The reference does not say how it made text of
+HTML: its unique text of openjdk-17-doc is ours, and its text in all is ours without the foot of every page, a notice of
+copyright. So that is what is compared, and the whole pages stand beside it.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def main() -> None:
     facts |= {"results": results, "targets": judge(targets)}
     head = ("package", "documents are", "documents", "text MB", "duplicates, share of the bytes", "reference")
     rows = [
-        (entry["package"], entry["of"], entry["documents"], f"{entry['text_bytes'] / 1e6:.1f}", entry["share"])
-        + (entry.get("reference_share", ""),)
+        [entry[key] for key in ("package", "of", "documents")]
+        + [f"{entry['text_bytes'] / 1e6:.1f}", entry["share"], entry.get("reference_share", "")]
         for entry in results
     ]
     write_and_show(facts, options.out, head, rows)
