@@ -6,16 +6,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
-class RangedServer:
+class Counting:
+    """Counts the bytes sent, also those of processes that are forked from this one and killed."""
+
+    _sent: Any = field(default_factory=lambda: RawValue("q"), init=False)
+    _sent_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @property
+    def bytes_sent(self) -> int:
+        return int(self._sent.value)
+
+    def count(self, sent_bytes: int) -> None:
+        with self._sent_lock:
+            self._sent.value += sent_bytes
+
+
+@dataclass
+class RangedServer(Counting):
     """What the tests see and set."""
 
     folder: Path
     port: int = 0
-    bytes_sent: int = 0
     requests: list[str] = field(default_factory=list)
     """Names of the files asked for with GET."""
     answer: Callable[[str, bytes], bytes | int | None] = lambda name, content: content
@@ -62,7 +79,7 @@ class RangedServer:
                     return
                 if isinstance(answer, int):
                     answer, status = b"", answer
-                state.bytes_sent += len(answer)
+                state.count(len(answer))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
