@@ -12,8 +12,10 @@ from data_samples import random_documents, write_shards
 from moto.core import enable_iam_authentication
 from moto.moto_api._internal import moto_api_backend
 from s3_store import S3Store
+from source_samples import read
 from test_data_remote import BLOCK, LENGTH, SHARD_BYTES, data_bytes, options, read_epoch, small_blocks  # noqa: F401
 
+from data_pipeline.sources import ReadOptions, find_files
 from data_pipeline.stream import TrainingStream
 from data_pipeline.token_shards import TokenShards
 
@@ -139,3 +141,19 @@ def test_wrong_credentials_are_refused_at_once(one_block: S3Store, tmp_path: Pat
     with enable_iam_authentication(), pytest.raises(PermissionError, match=message):
         TokenShards(URL, options(tmp_path))
     assert len(one_block.requests) == 1
+
+
+def test_texts_in_a_bucket(store: S3Store, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = s3fs.S3FileSystem()
+    for name, content in [("a.txt", b"one"), ("deep/b.txt", b"two"), ("c.pdf", b"no")]:
+        lake.pipe(f"lake/texts/{name}", content)
+    assert read("s3://lake/texts") == ["one", "two"]
+    assert read("s3://lake/texts/*.txt") == read("s3://lake/texts/a.txt") == ["one"]
+    versions = {find_files(["s3://lake/texts/a.txt"], ReadOptions())[0][0].version for _ in range(2)}
+    lake.pipe("lake/texts/a.txt", b"new")
+    versions.add(find_files(["s3://lake/texts/a.txt"], ReadOptions())[0][0].version)
+    assert len(versions) == 2 and all(version.startswith("ETag ") for version in versions)
+    assert "neither" not in capsys.readouterr().out
+    for place in ("s3://no-lake/texts", "s3://lake/none.txt"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            read(place)
