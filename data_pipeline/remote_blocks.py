@@ -172,7 +172,7 @@ def _cause(error: Exception) -> Exception:
     from aiohttp import ClientError  # takes 0.2 s, and with local data nothing needs it
 
     hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, ClientError | TimeoutError)
-    return error.__cause__ if hidden else error  # type: ignore[return-value]
+    return error.__cause__ if hidden else error
 
 
 def _refuse_lasting(error: Exception, place: str, problem: str) -> None:
