@@ -110,7 +110,7 @@ def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
             "them is looked for as a whole document"
         )
     if plan.kind == "chat":
-        remarks.append("of conversations the bounds on words, lines and n-grams were off")
+        remarks.append("of conversations length.min_characters and the bounds on words, lines and n-grams were off")
     return tally | {"remarks": remarks}
 
 

@@ -377,6 +377,31 @@ def read_documents(
         ledger.refuse_unusable({})
 
 
+def read_tables(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and fields, all columns, of each row of a table, of a folder of them, or of an ``hf://`` name.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``find_files`` and ``read_documents``; a file that is no table.
+    """
+    options, path = ReadOptions(format="chat"), Path(entry)
+    tables = _wanted_extensions(options)
+    if path.is_file() and _extensions(path)[0] not in tables:
+        raise ValueError(f"{path} is no table: the extensions of those are {', '.join(tables)}")
+    for file in find_files([entry], options)[0]:
+        reading = Reading(file, options)
+        yield from ((reading.place.name(number), row) for number, row in _whole_rows(reading))
+
+
+def _whole_rows(reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and all fields of each row of a table; a bad row, or a file that is cut short, is a ValueError."""
+    reading.fields = tuple(_columns(reading.file, reading.options))
+    for number, row, _ in ROWS[reading.file.container](reading):
+        if isinstance(row, BadRow):
+            reading.bad(number, row)
+        yield number, row
+    reading.finish()
+
+
 def read_texts(file: SourceFile) -> Iterator[str]:
     """All texts of a file, whatever its columns: of a table each one in a row, also inside of lists and objects.
 
@@ -389,11 +414,9 @@ def read_texts(file: SourceFile) -> Iterator[str]:
     elif file.container == "megatron":
         raise ValueError(f"{file.label} holds token ids: give the texts")
     else:
-        reading.fields = tuple(_columns(file, reading.options))
-        for number, row, _ in ROWS[file.container](reading):
-            if isinstance(row, BadRow):
-                reading.bad(number, row)
+        for _, row in _whole_rows(reading):
             yield from _texts_in(row)
+        return
     reading.finish()
 
 
