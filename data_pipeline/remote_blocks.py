@@ -171,8 +171,10 @@ def _cause(error: Exception) -> Exception:
     """Of ``info`` over HTTP fsspec says that there is no such file, whatever went wrong."""
     from aiohttp import ClientError  # takes 0.2 s, and with local data nothing needs it
 
-    hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, ClientError | TimeoutError)
-    return error.__cause__ if hidden else error
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, ClientError | TimeoutError):
+        return cause
+    return error
 
 
 def _refuse_lasting(error: Exception, place: str, problem: str) -> None:
