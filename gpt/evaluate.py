@@ -6,6 +6,7 @@ Both ways sum the same quantities over the same rows with `sum_over_rows`, so th
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from data_pipeline.sources import read_tables
 from data_pipeline.stream import ValidationStream
 from data_pipeline.tokenizer import load_tokenizer, token_byte_lengths
 from gpt.batch import MicroBatch, micro_batches
@@ -29,7 +31,7 @@ from gpt.metrics import Evaluation, Record
 from gpt.model import is_run_directory
 from gpt.run_directory import check_kept_tokenizer, stored_recipe
 from gpt.scores import require_libraries, score
-from gpt.task import load_task
+from gpt.task import AnyTask, Question, read_question, read_task
 
 if TYPE_CHECKING:
     from gpt.trainer import Trainer
@@ -175,6 +177,15 @@ def evaluate_path(
         for key, value in metrics_of(sums.tolist(), byte_lengths is not None).items()
     }
     return {**result, "target_tokens": int(sums[1]), "sequences": samples, "sequence_length": length}
+
+
+def load_task(file: Path) -> tuple[AnyTask, list[Question]]:
+    """A task and its questions. Raises FileNotFoundError or ValueError for a bad task, table or row."""
+    task = read_task(file)
+    questions = [read_question(task, *row) for row in read_tables(os.path.expanduser(task.data))]
+    if not questions:
+        raise ValueError(f"{task.data} has no rows: a score needs at least one")
+    return task, questions
 
 
 def evaluate_task(

@@ -4,8 +4,11 @@ They go into `<run>/scores/<task>.jsonl` and, for TensorBoard, into `tensorboard
 """
 
 import gc
+import html
 import importlib.util
 import json
+import re
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +17,17 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt.checkpoint.format import list_checkpoints
-from gpt.evaluate import load_with_tokenizer
+from gpt.evaluate import load_task, load_with_tokenizer
 from gpt.generate import Loading
 from gpt.model import is_run_directory
 from gpt.run_directory import json_lines
 from gpt.scores import Scored, require_libraries, score
-from gpt.task import Classification, load_task
+from gpt.task import Classification
 
 POLL_SECONDS = 5.0
 EXAMPLES = 8
-LONGEST_CELL = 400
+LONGEST_CELL, CELL_CHARACTERS = 400, 80
+MARKDOWN = re.compile(r"[\\|*_`\[\]]")  # what TensorBoard would take for its signs; "<" is escaped as HTML
 TAGS = {
     "accuracy": "task/accuracy",
     "length_normalized_accuracy": "task/length_normalized_accuracy",
@@ -114,10 +118,10 @@ def _table(predictions: list[dict[str, Any]]) -> str:
 
 
 def _cell(text: str) -> str:
+    """In lines of some width: of a long one TensorBoard would make a column that squeezes its neighbours."""
     short = text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]} …"
-    for character in "\\|*_`<>":  # else TensorBoard takes it for Markdown
-        short = short.replace(character, f"\\{character}")
-    return " ".join(short.split())
+    lines = [part for line in short.splitlines() for part in textwrap.wrap(line, CELL_CHARACTERS)]
+    return "<br>".join(MARKDOWN.sub(r"\\\g<0>", html.escape(line, quote=False)) for line in lines)
 
 
 def _confusion_picture(matrix: dict[str, dict[str, int]]) -> Any:

@@ -1,4 +1,4 @@
-"""A task: a YAML file that declares how the lines of a JSONL file are questions, and how answers to them are counted.
+"""A task: a YAML file that declares how the rows of a table are questions, and how answers to them are counted.
 
 Every field has its documentation as the string below it; the README's reference is made from these strings.
 """
@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gpt.generate import read_rows
 from gpt.recipe import PositiveInt, Section
 from gpt.recipe_file import parse_section, read_mapping
 
@@ -35,9 +34,10 @@ class Task(Section):
     kind: str
     """How answers are made and counted."""
     data: str
-    """The JSONL file, an example a line. Relative paths are relative to the working directory."""
+    """A table, an example a row: CSV, JSONL, Parquet or what else `prepare` reads as one, or a folder of them. Relative
+    paths are relative to the working directory."""
     prompt: Template
-    """What the model is given: a text in which `{name}` stands for the field `name` of the line."""
+    """What the model is given: a text in which `{name}` stands for the field `name` of the row."""
     system: Template | None = None
     """A system message, likewise; only with messages."""
     as_chat: bool | None = None
@@ -93,10 +93,10 @@ class Generation(Answered):
 
 
 class Classification(Answered):
-    """Each line has one of the same labels."""
+    """Each row has one of the same labels."""
 
     kind: Literal["classification"]
-    """Each line has one of the same labels; accuracy, macro F1 and confusion matrix are counted."""
+    """Each row has one of the same labels; accuracy, macro F1 and confusion matrix are counted."""
     labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
     """All labels, as the model is to say them."""
     answer: str
@@ -128,7 +128,7 @@ KINDS: dict[str, type[AnyTask]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the data. Where the model chooses, `options` are all and `answers` the right one; else no options."""
+    """One row of the data. Where the model chooses, `options` are all and `answers` the right one; else no options."""
 
     place: str
     prompt: str
@@ -138,24 +138,20 @@ class Question:
     lead: str = ""
 
 
-def load_task(file: Path) -> tuple[AnyTask, list[Question]]:
-    """A task and its questions.
-
-    Raises FileNotFoundError or ValueError with all problems of the task's file, or with the first bad line of its data.
-    """
+def read_task(file: Path) -> AnyTask:
+    """Raises FileNotFoundError or ValueError with all problems of the file."""
     if not file.is_file():
         raise FileNotFoundError(f"task {file} does not exist")
     content = read_mapping(file, "task")
     kind = content.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"task {file}: kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    task = parse_section(KINDS[kind], content, f"task {file}")
-    data = Path(task.data).expanduser()
-    numbered: list[int] = []
+    return parse_section(KINDS[kind], content, f"task {file}")
 
-    def parse(row: dict[str, Any]) -> Question:
-        numbered.append(0)
-        place = f"{data}:{len(numbered)}"
+
+def read_question(task: AnyTask, place: str, row: dict[str, Any]) -> Question:
+    """Raises ValueError, with the place, for a row that is no question of the task."""
+    try:
         prompt = _fill(task.prompt, row)
         if not prompt.strip():
             raise ValueError("the prompt is empty")
@@ -166,13 +162,13 @@ def load_task(file: Path) -> tuple[AnyTask, list[Question]]:
         system = None if task.system is None else _fill(task.system, row)
         lead = getattr(task, "lead", None)
         return Question(place, prompt, system, answers, options, _text(lead, _value(lead, row)) if lead else "")
-
-    return task, read_rows(data, parse)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _value(name: str, row: dict[str, Any]) -> Any:
     if name not in row:
-        raise ValueError(f"the field {name} is missing; the line has {', '.join(row) or 'none'}")
+        raise ValueError(f"the field {name} is missing; the row has {', '.join(row) or 'none'}")
     return row[name]
 
 
@@ -195,7 +191,7 @@ def _choices(task: MultipleChoice | Classification, row: dict[str, Any]) -> tupl
         options = task.labels
         if (label := _text(task.answer, _value(task.answer, row))) in options:
             return options, [label]
-        if any(re.fullmatch(r"[+-]?\d+(\.\d*)?", option.strip()) for option in options):
+        if any(map(_is_number, options)):
             raise ValueError(
                 f"{task.answer} is {row[task.answer]!r}, which is none of the labels {', '.join(map(repr, options))}; "
                 "labels that are numbers themselves are not counted from 0"
@@ -214,6 +210,8 @@ def _choices(task: MultipleChoice | Classification, row: dict[str, Any]) -> tupl
     if len(set(options)) < len(options):
         raise ValueError(f"the option {max(options, key=options.count)!r} is there twice")
     answer = _value(task.answer, row)
+    if isinstance(answer, str) and re.fullmatch(r"\d+", answer) and not any(map(_is_number, options)):
+        answer = int(answer)  # a CSV file has texts only
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(options):
             raise ValueError(f"{task.answer} is {answer}, but the options are numbered from 0 to {len(options) - 1}")
@@ -221,6 +219,10 @@ def _choices(task: MultipleChoice | Classification, row: dict[str, Any]) -> tupl
     if _text(task.answer, answer) not in options:
         raise ValueError(f"{task.answer} is {answer!r}, which is none of the options {', '.join(map(repr, options))}")
     return options, [str(answer)]
+
+
+def _is_number(option: str) -> bool:
+    return re.fullmatch(r"[+-]?\d+(\.\d*)?", option.strip()) is not None
 
 
 def _answers(task: Answered, row: dict[str, Any]) -> list[str]:

@@ -1,6 +1,8 @@
 """Scores of checkpoints as they come: each once, those of a model that has just these weights, in TensorBoard too."""
 
+import html
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -11,10 +13,11 @@ import yaml
 from recipe_samples import make_recipe
 from small_checkpoint import make_model, write_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 
 from gpt.checkpoint.format import checkpoint_directory
 from gpt.evaluate import evaluate_task
-from gpt.follow import follow
+from gpt.follow import _table, follow
 
 ROWS = [
     {"q": f"Is {n} even?", "kind": ["odd", "even"][n % 2], "options": [str(n * 7919), str(n * 104729)], "right": n % 2}
@@ -123,3 +126,15 @@ def test_a_checkpoint_that_is_gone_is_said_and_a_damaged_one_is_an_error(
         follow(run, task, say=lines.append)
     with pytest.raises(ValueError, match="is no run directory"):
         follow(tmp_path, task)
+
+
+@pytest.mark.filterwarnings("ignore:html5lib")
+def test_examples_are_shown_as_they_are_in_columns_that_do_not_squeeze_each_other() -> None:
+    hostile = "The *brave* <b>knight</b> | rode_to_town_ `now` & \\ then ![x](y) [z](w)\n# Heading\n1. list"
+    long = "word " * 200
+    texts = [(hostile, hostile), (long, "ham")]
+    table = _table([{"prompt": prompt, "answers": [target], "prediction": None} for prompt, target in texts])
+    shown = markdown_to_safe_html(table)
+    cells = [html.unescape(cell).split("<br>") for cell in re.findall("<td>(.*?)</td>", shown, re.DOTALL)]
+    assert len(cells) == 6 and cells[0] == cells[1] == hostile.splitlines()
+    assert cells[3][-1].endswith("…") and max(map(len, cells[3])) <= 80 and cells[4] == ["ham"]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from small_checkpoint import make_model, make_tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt import scores
-from gpt.evaluate import evaluate_path, evaluate_task
+from gpt.evaluate import evaluate_path, evaluate_task, load_task
 from gpt.generate import Sampling, generate
-from gpt.task import load_task, normalized
+from gpt.task import normalized
 
 CHOICE = {"kind": "multiple_choice", "prompt": "{q}", "options": "options", "answer": "answer"}
 MATCH = {"kind": "exact_match", "prompt": "{q}", "answer": "answer", "max_new_tokens": 6}
@@ -224,7 +227,7 @@ def test_a_wrong_task_is_refused(tmp_path: Path, task: dict[str, Any], problem: 
     ("task", "row", "problem"),
     [
         (CHOICE, "x", "the line holds a str, not an object with fields"),
-        (CHOICE, {"question": "x"}, "the field q is missing; the line has question"),
+        (CHOICE, {"question": "x"}, "the field q is missing; the row has question"),
         (CHOICE, {"q": None}, "the field q holds null, not a text"),
         (CHOICE, {"q": "  "}, "the prompt is empty"),
         (CHOICE, {"q": "x", "options": "ab"}, "the field options holds str, not a list of options"),
@@ -252,10 +255,49 @@ def test_a_bad_row_is_named(tmp_path: Path, task: dict[str, Any], row: Any, prob
     assert str(refused.value).startswith(f"{tmp_path / 'task.jsonl'}:2: ") and problem in str(refused.value)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
+def test_any_table_gives_the_questions_of_jsonl(tmp_path: Path, suffix: str) -> None:
+    rows: list[dict[str, Any]] = [{"q": 'Say "é", 東\nor so', "label": 1}, {"q": "x", "label": 0}]
+    file = write_task(tmp_path, CLASSES | {"labels": ["no", "yes"]}, rows)
+    expected = [replace(question, place="") for question in load_task(file)[1]]
+    table = tmp_path / f"table.{suffix}"
+    write = {"csv": Dataset.to_csv, "parquet": Dataset.to_parquet, "json": partial(Dataset.to_json, lines=False)}
+    write[suffix](Dataset.from_list(rows), table)
+    _, questions = load_task(write_task(tmp_path, CLASSES | {"labels": ["no", "yes"], "data": str(table)}, rows))
+    assert [question.answers for question in questions] == [["yes"], ["no"]]
+    assert [replace(question, place="") for question in questions] == expected
+    assert [question.place.startswith(str(table)) for question in questions] == [True, True]
+
+
+def test_a_table_of_lists_and_a_column_that_only_the_task_reads(tmp_path: Path) -> None:
+    Dataset.from_list([ROWS[0] | {"unused": 1.5}]).to_parquet(tmp_path / "table.parquet")
+    _, [question] = load_task(write_task(tmp_path, CHOICE | {"data": str(tmp_path / "table.parquet")}, ROWS))
+    assert (question.options, question.answers) == (ROWS[0]["options"], ["blue"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("rows.txt", "text", "rows.txt is no table: the extensions of those are .csv"),
+        ("rows.csv", "q,label\n", "rows.csv has no rows: a score needs at least one"),
+        ("rows.csv", "", "rows.csv is empty: remove it or fill it"),
+        ("rows.csv", "q,label\nx,no\ny\nz,no\n", "rows.csv:3: the row has 1 fields, the header has 2"),
+        ("rows.csv", "q,label\nx,no\ny,2\n", "rows.csv:3: label is 2, but the options are numbered from 0 to 1"),
+        ("rows.csv", "q,kind\nx,no\n", "rows.csv:2: the field label is missing; the row has q, kind"),
+        ("rows.parquet", "PAR1", "rows.parquet cannot be read as Parquet"),
+    ],
+)
+def test_a_bad_table_is_named(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError) as refused:
+        load_task(write_task(tmp_path, CLASSES | {"labels": ["no", "yes"], "data": str(tmp_path / name)}, ROWS))
+    assert problem in str(refused.value)
+
+
 def test_what_a_task_and_a_model_do_not_share_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"task absent.yaml does not exist"):
         load_task(Path("absent.yaml"))
-    with pytest.raises(FileNotFoundError, match=r"absent.jsonl does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder 'absent.jsonl'"):
         load_task(write_task(tmp_path, CHOICE | {"data": "absent.jsonl"}, ROWS))
     with pytest.raises(ValueError, match="the task has a system message, but its prompts are texts"):
         evaluate_task(folder, write_task(tmp_path, CHOICE | {"system": "S", "as_chat": False}, ROWS))

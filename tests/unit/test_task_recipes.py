@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from data_pipeline.templates import parse_template, template_messages
+from gpt.evaluate import load_task
 from gpt.recipe_file import PROJECT_ROOT, load_recipe
-from gpt.task import Classification, Generation, load_task
+from gpt.task import Classification, Generation
 
 sys.path.insert(0, str(PROJECT_ROOT))
 from benchmarks import task_data, tasks
