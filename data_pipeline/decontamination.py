@@ -51,7 +51,7 @@ def evaluation_counts(plan: Plan) -> dict[str, int] | None:
 
 
 class HashSet:
-    """Sorted hashes, to be looked up in large arrays: 8 bytes each, and as much again at most for the search."""
+    """Sorted hashes, to be looked up in large arrays: 8 bytes each, and 8 to 16 for the search."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         self._hashes = hashes

@@ -9,7 +9,7 @@ from data_pipeline.n_grams import MIX
 from data_pipeline.token_shards import TokenShards
 
 RUN_TOKENS = RUN_WORDS
-MOST_RUNS = 2**24  # of validation that are looked for: 128 MiB, and as much again for finding them
+MOST_RUNS = 2**22  # of validation that are looked for
 BLOCK_TOKENS = 2**20
 
 
