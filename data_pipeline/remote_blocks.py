@@ -151,7 +151,7 @@ class RemoteFolder:
                     f"{place} could not be read for {waited:.0f} seconds ({problem}): see that the store answers, "
                     f"{self._advice}"
                 )
-            if waited > 2 and not told:
+            if waited + pause > 2 and not told:  # however the pauses fall, a store that is away for 2 seconds is named
                 told = True
                 print(
                     f"warning: {place} cannot be read ({problem}): waiting for it, at most "
