@@ -45,6 +45,10 @@ SETTINGS_ERRORS = (
 """Names of botocore's (under s3fs), aiohttp's and Python's errors for what no store was asked yet."""
 SETTINGS_NUMBERS = (errno.EINVAL, getattr(errno, "EREMCHG", None))
 """What s3fs makes of a store's answers that the request itself is wrong: another region, a malformed signature."""
+MOUNTS = "/proc/self/mounts"
+"""Of each mount the device, the place and the type."""
+NETWORK_TYPES = ("nfs", "nfs4", "lustre", "cifs", "smb3", "ceph", "glusterfs", "gpfs", "beegfs", "afs")
+LOCAL_FUSE_TYPES = ("fuseblk", "fusectl", "fuse.fuse-overlayfs", "fuse.lxcfs")
 HELD_BLOCKS = 24
 """Blocks that a process keeps open: of 8 lanes the tokens of two and the beginnings of documents. They are mapped, so
 that the ranks of a node share the memory; one that is deleted meanwhile keeps its place on the disk until then."""
@@ -63,6 +67,23 @@ class RemoteOptions:
 def is_url(place: Path | str) -> bool:
     """Whether a data set is at a URL and not in a directory."""
     return "://" in str(place)
+
+
+def is_on_network(path: Path) -> bool:
+    """Whether a path is on a file system that another host serves, by the type of the longest mount point above it.
+
+    A memory map of such a file ends the process with SIGBUS where a page cannot be had.
+    """
+    try:
+        mounts = [line.split()[1:3] for line in Path(MOUNTS).read_text(encoding="utf-8").splitlines()]
+    except OSError:  # not on Linux
+        return False
+    whole, found, longest = path.resolve(), "", 0
+    for place, kind in mounts:
+        point = Path(place.replace("\\040", " "))  # as a space is written there
+        if len(point.parts) >= longest and whole.is_relative_to(point):  # of equal ones the last is on top
+            found, longest = kind, len(point.parts)
+    return found in NETWORK_TYPES or (found.startswith("fuse") and found not in LOCAL_FUSE_TYPES)
 
 
 class RemoteFolder:
@@ -130,7 +151,7 @@ class RemoteFolder:
                     f"{place} could not be read for {waited:.0f} seconds ({problem}): see that the store answers, "
                     f"{self._advice}"
                 )
-            if waited > 2 and not told:
+            if waited + pause > 2 and not told:  # however the pauses fall, a store that is away for 2 seconds is named
                 told = True
                 print(
                     f"warning: {place} cannot be read ({problem}): waiting for it, at most "
