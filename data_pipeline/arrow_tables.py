@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.byte_streams import open_bytes
 from data_pipeline.documents import BadRow, Place, Reading, Row, SourceFile
 
 BATCH_ROWS = 1024
@@ -55,14 +56,14 @@ def parquet_file(file: SourceFile) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(file.path, buffer_size=2**20, pre_buffer=False)
+        return parquet.ParquetFile(open_bytes(file) if file.url else file.path, buffer_size=2**20, pre_buffer=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file.path} cannot be read as Parquet: {error}") from None
+        raise ValueError(f"{file.label} cannot be read as Parquet: {error}") from None
 
 
 def parquet_rows(reading: Reading) -> Iterator[Row]:
     """Rows of the part's row groups."""
-    reading.place = Place(f"{reading.file.path}, row ")
+    reading.place = Place(f"{reading.file.label}, row ")
     table = parquet_file(reading.file)
     columns = _columns_to_read(reading, table.schema_arrow.names)
     groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
@@ -86,7 +87,7 @@ def parquet_rows(reading: Reading) -> Iterator[Row]:
 
 def is_arrow_file(file: SourceFile) -> bool:
     """Whether it is of the file format, whose batches can be read in any order, and not of the stream format."""
-    with open(file.path, "rb") as content:
+    with open_bytes(file) as content:
         return content.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
 
 
@@ -95,10 +96,11 @@ def arrow_reader(file: SourceFile) -> Any:
     import pyarrow as pa
 
     try:
-        source = pa.OSFile(str(file.path))  # pages of a memory map would count as memory in use
+        # pages of a memory map would count as memory in use
+        source = pa.PythonFile(open_bytes(file)) if file.url else pa.OSFile(str(file.path))
         return pa.ipc.open_file(source) if is_arrow_file(file) else pa.ipc.open_stream(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file.path} cannot be read as Arrow: {error}") from None
+        raise ValueError(f"{file.label} cannot be read as Arrow: {error}") from None
 
 
 def arrow_rows(reading: Reading) -> Iterator[Row]:
@@ -106,7 +108,7 @@ def arrow_rows(reading: Reading) -> Iterator[Row]:
     reader, size, part = arrow_reader(reading.file), reading.file.bytes, reading.part
     columns = _columns_to_read(reading, reader.schema.names)
     if not is_arrow_file(reading.file):
-        reading.place = Place(f"{reading.file.path}, row ")
+        reading.place = Place(f"{reading.file.label}, row ")
         yield from _as_rows(reading, _slices(((batch, 0) for batch in reader), columns, size))
         return
     total = reader.num_record_batches
@@ -116,7 +118,7 @@ def arrow_rows(reading: Reading) -> Iterator[Row]:
     def count_before() -> int:
         return sum(reader.get_batch(index).num_rows for index in range(begin))
 
-    reading.place = Place(f"{reading.file.path}, row ", count_before if begin else None)
+    reading.place = Place(f"{reading.file.label}, row ", count_before if begin else None)
     loaded = ((reader.get_batch(index), size * (index + 1) // total) for index in range(begin, end))
     yield from _as_rows(reading, _slices(loaded, columns, size // max(total, 1)))
 
@@ -139,7 +141,7 @@ def dataset_on_disk(file: SourceFile) -> Any:
     try:
         return datasets.load_from_disk(str(file.path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file.path} cannot be read as a Hugging Face dataset: {error}") from None
+        raise ValueError(f"{file.label} cannot be read as a Hugging Face dataset: {error}") from None
 
 
 def dataset_rows(reading: Reading) -> Iterator[Row]:

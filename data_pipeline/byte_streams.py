@@ -12,6 +12,7 @@ from typing import Any
 import zstandard
 
 from data_pipeline.documents import Reading, ReadOptions, SourceFile
+from data_pipeline.remote_files import open_stored
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\\(\xb5/\xfd", ".bz2": b"BZh[1-9]1AY&SY", ".xz": b"\xfd7zXZ\0"}
@@ -37,7 +38,7 @@ class DecompressedFile(io.RawIOBase):
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file
-        self._raw = open(file.path, "rb")  # noqa: SIM115 - closed with this object
+        self._raw = open_stored(file)
         self._stream: Any = None
         self._input = b""
         self._ready = memoryview(b"")
@@ -78,7 +79,7 @@ class DecompressedFile(io.RawIOBase):
             self._ready = memoryview(self._stream.decompress(self._input))
         except (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError) as error:
             raise ValueError(
-                f"{self._file.path} is damaged: its {self._file.compression} data cannot be read near byte "
+                f"{self._file.label} is damaged: its {self._file.compression} data cannot be read near byte "
                 f"{self.position} ({error}); make or fetch it again"
             ) from None
         self._input = b""
@@ -87,8 +88,7 @@ class DecompressedFile(io.RawIOBase):
 
 def open_bytes(file: SourceFile) -> io.BufferedReader:
     """The file's content, decompressed."""
-    raw: io.RawIOBase = DecompressedFile(file) if file.compression else open(file.path, "rb", buffering=0)  # noqa: SIM115
-    return io.BufferedReader(raw, CHUNK_BYTES)
+    return io.BufferedReader(DecompressedFile(file) if file.compression else open_stored(file), CHUNK_BYTES)
 
 
 def is_cut(stream: io.BufferedReader) -> bool:
@@ -115,20 +115,20 @@ def check_start(file: SourceFile, options: ReadOptions, start: bytes) -> int:
         for extension, magic in MAGIC.items():
             if re.match(magic, start):
                 kind = COMPRESSIONS[extension]
-                raise ValueError(f"{file.path} is compressed ({kind}): give it a name that ends in {extension}")
+                raise ValueError(f"{file.label} is compressed ({kind}): give it a name that ends in {extension}")
     if options.codec != "utf-8":
         if start.startswith(codecs.BOM_UTF8):
             raise ValueError(
-                f"{file.path} begins with the byte-order mark of UTF-8, but {options.encoding} was asked for: "
+                f"{file.label} begins with the byte-order mark of UTF-8, but {options.encoding} was asked for: "
                 "read it with --encoding utf-8"
             )
         return 0
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{file.path} begins with the byte-order mark of UTF-16: read it with --encoding utf-16")
+        raise ValueError(f"{file.label} begins with the byte-order mark of UTF-16: read it with --encoding utf-16")
     wide = _utf16_by_zeros(start[:4096])
     if wide:
         raise ValueError(
-            f"{file.path} looks like {wide} without a byte-order mark (every other byte is zero): "
+            f"{file.label} looks like {wide} without a byte-order mark (every other byte is zero): "
             f"read it with --encoding {wide}"
         )
     return 3 if start.startswith(codecs.BOM_UTF8) else 0
@@ -181,9 +181,9 @@ def undecodable(file: SourceFile, encoding: str) -> ValueError:
                 break
             line += bytes_line.endswith(b"\n")
         else:
-            return ValueError(f"{file.path} ends in the middle of a character of {encoding}: the file is cut short")
+            return ValueError(f"{file.label} ends in the middle of a character of {encoding}: the file is cut short")
         sample = bytes_line + stream.read(CHUNK_BYTES)
-    return ValueError(f"{file.path}:{line}: {undecodable_text(sample, encoding)}")
+    return ValueError(f"{file.label}:{line}: {undecodable_text(sample, encoding)}")
 
 
 def undecodable_text(sample: bytes, encoding: str) -> str:

@@ -33,6 +33,8 @@ _NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha() and c
 _NOT_ASCII = re.compile(rb"[\x80-\xff](?<![^ ].)[\x80-\xff]*(?![^ ])")  # whole words of it
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _LETTER = re.compile(r"[^\W\d_]")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
+_SENTENCE_END_WITHOUT_SPACES = "。\uff01\uff1f"  # Chinese and Japanese
 _BULLETS = frozenset("•‣*-")
 _ELLIPSES = ("...", "…")
 # Latin; then Hindi and Bengali, Urdu and Arabic, Amharic, Armenian, Chinese and Japanese
@@ -123,7 +125,7 @@ class Cleaner:
         return document._replace(messages=repaired, tools=tools)
 
     def broken_bound(self, document: Document, tally: dict[str, Any]) -> Reason | None:
-        """The first bound that the document breaks. Only the language and length of a conversation are looked at.
+        """The first bound that the document breaks. Of a conversation only its language and whether it is too long.
 
         A text in a script without spaces between words passes the bounds on words, lines and n-grams.
         """
@@ -139,12 +141,14 @@ class Cleaner:
                 if document.messages is not None:
                     continue
                 if spaced is None:
-                    spaced = has_spaces(text.text)
+                    spaced = _has_words(text.text)
                     tally["documents_without_spaces"] += not spaced
                 if not spaced:
                     continue
             for name, value in _MEASURES[section](text, bounds):
                 least, most = limits.get(f"min_{name}"), limits.get(f"max_{name}")
+                if document.messages is not None:
+                    least = None  # a greeting and its answer are a whole conversation
                 if least is not None and value < least:
                     return f"{section}.min_{name}", f"{value:.4g}, bound {least:g}"
                 if most is not None and value > most:
@@ -233,6 +237,15 @@ def _bounds(rules: Rules) -> list[tuple[str, Bounds]]:
 
 def _bound_names(bounds: Bounds) -> list[str]:
     return [name for name, value in bounds if name.startswith(("min_", "max_")) and value is not None]
+
+
+def _has_words(text: str) -> bool:
+    """Whether spaces separate words: in most of the text, and in its sentences.
+
+    The sentences of a page that is a table of numbers or of English names for the rest tell what language it is in.
+    """
+    others = sum(map(text.count, _SENTENCE_END_WITHOUT_SPACES))
+    return has_spaces(text) and (not others or len(_SENTENCE_END.findall(text)) >= others)
 
 
 class _Text:

@@ -50,22 +50,33 @@ def evaluation_counts(plan: Plan) -> dict[str, int] | None:
         return None
 
 
-class Contamination:
-    """Finds texts that share a run of words with the evaluation files."""
+class HashSet:
+    """Sorted hashes, to be looked up in large arrays: 8 bytes each, and 8 to 16 for the search."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._hashes = np.fromfile(_hashes_path(plan), "<u8")
-        # which leading bits there are: most runs are told by these without a search
+    def __init__(self, hashes: np.ndarray) -> None:
+        self._hashes = hashes
+        # which leading bits there are: most others are told by these without a search
         self._unused_bits = np.uint64(64 - (8 * self._hashes.size).bit_length())
         self._leading = np.zeros(2 ** (64 - int(self._unused_bits)), dtype=bool)
         self._leading[self._hashes >> self._unused_bits] = True
 
+    def places(self, hashes: np.ndarray) -> np.ndarray:
+        """Where those of ``hashes`` that are there stand."""
+        possible = hashes[self._leading[hashes >> self._unused_bits]]
+        places = np.minimum(np.searchsorted(self._hashes, possible), self._hashes.size - 1)
+        return places[self._hashes[places] == possible]
+
+
+class Contamination:
+    """Finds texts that share a run of words with the evaluation files."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._hashes = HashSet(np.fromfile(_hashes_path(plan), "<u8"))
+
     def find(self, text: str) -> Reason | None:
         """Why the text must not be in training."""
         runs = n_grams(text, RUN_WORDS)
-        possible = runs[self._leading[runs >> self._unused_bits]]
-        places = np.minimum(np.searchsorted(self._hashes, possible), self._hashes.size - 1)
-        count = int((self._hashes[places] == possible).sum())
+        count = self._hashes.places(runs).size
         if not count:
             return None
         return "decontamination", f"{count:,} of {runs.size:,} runs of words stand in the evaluation files"

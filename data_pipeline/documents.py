@@ -80,11 +80,18 @@ class SourceFile:
     container: str  # text, csv, jsonl, json, parquet, arrow, megatron, dataset (a folder) or hub (hf://)
     bytes: int  # as stored; 0 of a hub dataset: unknown
     compression: str = ""  # "" or a value of byte_streams.COMPRESSIONS
+    url: str = ""  # of a file that is read from afar; the path then only tells its name
+    version: str = ""  # what its store says changes with its content
 
     @property
     def label(self) -> str:
         """What messages call it."""
-        return self.name if self.container == "hub" else str(self.path)
+        return self.url or (self.name if self.container == "hub" else str(self.path))
+
+    @property
+    def place(self) -> str:
+        """Equal where two inputs name the same file."""
+        return self.url or str(self.path.resolve())
 
 
 @dataclass(frozen=True)

@@ -41,16 +41,16 @@ def merge_units(options: PrepareOptions, plan: Plan, sample: dict[str, int]) -> 
     vocabulary = header["vocabulary_size"]
     hashes = {name: [hashes_path(plan, unit.number, name) for unit in plan.units] for name in plan.splits}
     seen = _task_rows(plan, records) if plan.read.template is not None else {"splits": {}}
+    splits = {
+        name: _write_split(plan, name, records, files, header) | seen["splits"].get(name, {}) for name in plan.splits
+    }
     rules = None if plan.rules is None else _rules_report(plan, records)
     return {
         "kind": plan.kind,
         "options": _portable(options),
         "tokenizer": {"sha256": sha256, "vocabulary_size": vocabulary, "trained": trained, **sample},
         "units": len(plan.units),
-        "splits": {
-            name: _write_split(plan, name, records, files, header) | seen["splits"].get(name, {})
-            for name in plan.splits
-        },
+        "splits": splits,
         **{key: value for key, value in seen.items() if key != "splits"},
         **_balance(records, sum(counts[0] for counts in files), rules),
         "skipped_rows": ledger.skipped,
@@ -84,7 +84,7 @@ def _balance(records: list[dict[str, Any]], documents_in: int, rules: dict[str, 
 
 
 def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rules changed and dropped, each with its first examples."""
+    """What the rules changed and dropped, each with its first examples, and what of validation training holds."""
     from data_pipeline.clean import add_tally  # without rules nothing of them is loaded
 
     tally = judged_tally(plan)
@@ -110,7 +110,11 @@ def _rules_report(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
             "them is looked for as a whole document"
         )
     if plan.kind == "chat":
-        remarks.append("of conversations the bounds on words, lines and n-grams were off")
+        remarks.append("of conversations length.min_characters and the bounds on words, lines and n-grams were off")
+    if "validation" in plan.splits:
+        from data_pipeline.overlap import count_overlap
+
+        tally["overlap"] = count_overlap(*(TokenShards(plan.output / name) for name in plan.splits))
     return tally | {"remarks": remarks}
 
 

@@ -21,7 +21,7 @@ SPLITS = ("train", "validation")
 MAX_UNITS = 4096
 WHOLE_DIGEST_BYTES = 64 * 2**20
 EDGE_BYTES = 2**20
-RULES_VERSION = 3  # to be raised when a rule does something else
+RULES_VERSION = 4  # to be raised when a rule does something else
 
 Progress = Callable[[int, int], None]
 
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 class PrepareOptions:
     """What ``trainyard prepare`` is asked to do."""
 
-    inputs: list[str]  # files, folders, globs, hf://
+    inputs: list[str]  # files, folders, globs, URLs, hf://
     output: Path
     tokenizer: Path | None = None  # an existing tokenizer folder, or ...
     train_vocabulary: int | None = None  # ... the vocabulary size of one to train
@@ -110,7 +110,7 @@ def make_plan(options: PrepareOptions, progress: Progress | None = None) -> Plan
     train_files = len(files)
     if options.validation_inputs:
         validation, more = find_files(options.validation_inputs, options.read)
-        shared = {file.path.resolve() for file in files} & {file.path.resolve() for file in validation}
+        shared = {file.place for file in files} & {file.place for file in validation}
         if shared:
             raise ValueError(f"{min(shared)} is both a training and a validation input: leave it out of one")
         files, ignored = files + validation, ignored + more
@@ -157,7 +157,7 @@ def _evaluation_files(options: PrepareOptions, inputs: list[SourceFile]) -> list
     if options.rules is None or options.rules.decontamination is None:
         return []
     files = find_files(options.rules.decontamination.files, ReadOptions())[0]
-    shared = {file.path.resolve() for file in files} & {file.path.resolve() for file in inputs}
+    shared = {file.place for file in files} & {file.place for file in inputs}
     if shared:
         raise ValueError(
             f"{min(shared)} is both an input and an evaluation file (decontamination.files): leave it out of one"
@@ -219,15 +219,14 @@ def _identity(
 
             tables["py3langid"] = py3langid.__version__
         choices["rules"] = [RULES_VERSION, options.rules.model_dump(), tables]
-        choices["evaluation"] = [file_digest(path) for file in evaluation for path in content_paths(file)]
+        choices["evaluation"] = [digest for file in evaluation for digest in _digests(file)]
         choices["pairs"] = pairs
     if options.tokenizer is not None:
         choices["tokenizer"] = {file.name: file_digest(file) for file in tokenizer_files(options.tokenizer)}
     digests = []
     done, total = 0, sum(file.bytes for file in files)
     for index, file in enumerate(files):
-        content = [file_digest(path) for path in content_paths(file)]
-        digests.append([file.name, file.bytes, content, index >= train_files])
+        digests.append([file.name, file.bytes, _digests(file), index >= train_files])
         done += file.bytes
         if progress is not None:
             progress(done, total)
@@ -238,6 +237,11 @@ def _read_choices(read: ReadOptions) -> dict[str, Any]:
     """How files are read, a template by what it says and not by its place."""
     choices = {key: value for key, value in asdict(read).items() if key not in ("skip_bad_rows", "template")}
     return choices if read.template is None else choices | {"template": asdict(replace(read.template, file=""))}
+
+
+def _digests(file: SourceFile) -> list[str]:
+    """Of the content; of a file at a URL what its store says of it."""
+    return [file.version] if file.url else [file_digest(path) for path in content_paths(file)]
 
 
 def file_digest(path: Path) -> str:

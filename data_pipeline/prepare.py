@@ -21,6 +21,7 @@ import orjson
 from data_pipeline.duplicates import mark_duplicates
 from data_pipeline.merge import merge_units
 from data_pipeline.plan import SPLITS, Plan, PrepareOptions, Progress, make_plan
+from data_pipeline.remote_blocks import is_url
 from data_pipeline.report import render_page
 from data_pipeline.shard_writer import sync_directory, write_file_atomically
 from data_pipeline.token_shards import TokenShards
@@ -112,7 +113,7 @@ def _check_options(options: PrepareOptions) -> None:
     output = Path(options.output).resolve()
     used = [*options.inputs, *options.validation_inputs]
     for entry in used if options.tokenizer is None else [*used, str(options.tokenizer)]:
-        if Path(entry).resolve().is_relative_to(output):
+        if not is_url(entry) and Path(entry).resolve().is_relative_to(output):
             raise ValueError(f"{entry} is inside the output {options.output}: choose another output directory")
 
 

@@ -45,6 +45,10 @@ SETTINGS_ERRORS = (
 """Names of botocore's (under s3fs), aiohttp's and Python's errors for what no store was asked yet."""
 SETTINGS_NUMBERS = (errno.EINVAL, getattr(errno, "EREMCHG", None))
 """What s3fs makes of a store's answers that the request itself is wrong: another region, a malformed signature."""
+MOUNTS = "/proc/self/mounts"
+"""Of each mount the device, the place and the type."""
+NETWORK_TYPES = ("nfs", "nfs4", "lustre", "cifs", "smb3", "ceph", "glusterfs", "gpfs", "beegfs", "afs")
+LOCAL_FUSE_TYPES = ("fuseblk", "fusectl", "fuse.fuse-overlayfs", "fuse.lxcfs")
 HELD_BLOCKS = 24
 """Blocks that a process keeps open: of 8 lanes the tokens of two and the beginnings of documents. They are mapped, so
 that the ranks of a node share the memory; one that is deleted meanwhile keeps its place on the disk until then."""
@@ -65,8 +69,30 @@ def is_url(place: Path | str) -> bool:
     return "://" in str(place)
 
 
+def is_on_network(path: Path) -> bool:
+    """Whether a path is on a file system that another host serves, by the type of the longest mount point above it.
+
+    A memory map of such a file ends the process with SIGBUS where a page cannot be had.
+    """
+    try:
+        mounts = [line.split()[1:3] for line in Path(MOUNTS).read_text(encoding="utf-8").splitlines()]
+    except OSError:  # not on Linux
+        return False
+    whole, found, longest = path.resolve(), "", 0
+    for place, kind in mounts:
+        point = Path(place.replace("\\040", " "))  # as a space is written there
+        if len(point.parts) >= longest and whole.is_relative_to(point):  # of equal ones the last is on top
+            found, longest = kind, len(point.parts)
+    return found in NETWORK_TYPES or (found.startswith("fuse") and found not in LOCAL_FUSE_TYPES)
+
+
 class RemoteFolder:
-    """The files of one folder at a URL. What fails is tried again with growing pauses until the deadline.
+    """A file, or the files of one folder, at a URL. What fails is tried again with growing pauses until the deadline.
+
+    Args:
+        url: of the folder, or of a file, whose name is then "".
+        deadline_seconds: how long is tried.
+        advice: what to do when that was in vain.
 
     Raises:
         FileNotFoundError, PermissionError: the store says so; that is not tried again.
@@ -74,9 +100,14 @@ class RemoteFolder:
         ValueError: no filesystem of fsspec serves the URL, its package is missing, or it is not set up for it.
     """
 
-    def __init__(self, url: str, deadline_seconds: float = RemoteOptions.deadline_seconds) -> None:
+    def __init__(
+        self,
+        url: str,
+        deadline_seconds: float = RemoteOptions.deadline_seconds,
+        advice: str = "or raise data.remote.deadline_seconds; the same command goes on from the last checkpoint",
+    ) -> None:
         self.url = url.rstrip("/")
-        self._deadline_seconds = deadline_seconds
+        self._deadline_seconds, self._advice = deadline_seconds, advice
         self._filesystem, self._root = _open_filesystem(self.url)
 
     def read(self, name: str, begin: int | None = None, end: int | None = None) -> bytes:
@@ -86,35 +117,55 @@ class RemoteFolder:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where the store does not tell."""
-        size: int | None = self._ask("info", name).get("size")
+        size: int | None = self.info(name).get("size")
         return size
 
-    def _ask(self, method: str, name: str, **arguments: Any) -> Any:
+    def info(self, name: str) -> dict[str, Any]:
+        """What the filesystem tells of a file: `type`, maybe `size`, and more by names of its own."""
+        info: dict[str, Any] = self._ask("info", name)
+        return info
+
+    def names(self, pattern: str = "") -> list[str]:
+        """Sorted, the files under the folder, or those that match a pattern."""
+        found = self._ask("glob", pattern) if pattern else self._ask("find", "")
+        return sorted(path.removeprefix(self._root).lstrip("/") for path in found)
+
+    def gives_ranges(self) -> bool:
+        """Of a file over HTTP: a server that knows no ranges sends the whole of it each time."""
+        return bool(self._ask(_status_of_a_range, "") == 206)
+
+    def _ask(self, method: "str | Callable[..., Any]", name: str, **arguments: Any) -> Any:
         began, pause, told = time.monotonic(), 0.1, False
+        place, path = (f"{start}/{name}".rstrip("/") for start in (self.url, self._root))
         while True:
             left = self._deadline_seconds - (time.monotonic() - began)
             try:
-                return self._call(method, f"{self._root}/{name}", max(0.1, min(left, ATTEMPT_SECONDS)), arguments)
-            except Exception as error:  # each filesystem has its own
+                return self._call(method, path, max(0.1, min(left, ATTEMPT_SECONDS)), arguments)
+            except Exception as raised:  # each filesystem has its own
+                error = _cause(raised)
                 problem = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
-                _refuse_lasting(error, f"{self.url}/{name}", problem)
+                _refuse_lasting(error, place, problem)
             waited = time.monotonic() - began
             if waited + pause >= self._deadline_seconds:
                 raise OSError(
-                    f"{self.url}/{name} could not be read for {waited:.0f} seconds ({problem}): see that the store "
-                    "answers, or raise data.remote.deadline_seconds; the same command goes on from the last checkpoint"
+                    f"{place} could not be read for {waited:.0f} seconds ({problem}): see that the store answers, "
+                    f"{self._advice}"
                 )
-            if waited > 2 and not told:
+            if waited + pause > 2 and not told:  # however the pauses fall, a store that is away for 2 seconds is named
                 told = True
                 print(
-                    f"warning: {self.url}/{name} cannot be read ({problem}): waiting for it, at most "
+                    f"warning: {place} cannot be read ({problem}): waiting for it, at most "
                     f"{self._deadline_seconds:g} seconds",
                     flush=True,
                 )
             time.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    def _call(self, method: str, path: str, timeout_seconds: float, arguments: dict[str, Any]) -> Any:
+    def _call(
+        self, method: "str | Callable[..., Any]", path: str, timeout_seconds: float, arguments: dict[str, Any]
+    ) -> Any:
+        if callable(method):
+            return sync(self._filesystem.loop, method, self._filesystem, path, timeout=timeout_seconds)
         if isinstance(self._filesystem, AsyncFileSystem):  # what reaches a network; only so can a request be given up
             call = getattr(self._filesystem, f"_{method}")
             return sync(self._filesystem.loop, call, path, timeout=timeout_seconds, **arguments)
@@ -124,15 +175,34 @@ class RemoteFolder:
 def _open_filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        raise ValueError(f"{url} cannot be read: {error} (for s3://: pip install 'trainyard[remote]')") from None
+    except ValueError as error:
         raise ValueError(f"{url} cannot be read: {error}") from None
+
+
+async def _status_of_a_range(filesystem: Any, url: str) -> int:
+    session = await filesystem.set_session()
+    async with session.get(filesystem.encode_url(url), headers={"Range": "bytes=0-0"}, **filesystem.kwargs) as answer:
+        answer.raise_for_status()
+        return int(answer.status)
+
+
+def _cause(error: Exception) -> Exception:
+    """Of ``info`` over HTTP fsspec says that there is no such file, whatever went wrong."""
+    from aiohttp import ClientError  # takes 0.2 s, and with local data nothing needs it
+
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, ClientError | TimeoutError):
+        return cause
+    return error
 
 
 def _refuse_lasting(error: Exception, place: str, problem: str) -> None:
     """Raise for what trying again does not change."""
     status = getattr(error, "status", None)  # of aiohttp's errors
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        raise FileNotFoundError(f"{place} does not exist: look at the URL, or copy the data set there")
+        raise FileNotFoundError(f"{place} does not exist: look at the URL, or copy the data there")
     if isinstance(error, PermissionError) or status in (401, 403):
         raise PermissionError(f"{place} may not be read ({problem}): give the credentials that its filesystem asks for")
     malformed = type(error) is OSError and error.errno in SETTINGS_NUMBERS

@@ -38,6 +38,7 @@ def summarize(report: dict[str, Any]) -> dict[str, Any]:
                 name: {key: value for key, value in entry.items() if key != "examples"}
                 for name, entry in report["rules"]["augmented"].items()
             }
+        counts |= {"overlap": report["rules"]["overlap"]} if "overlap" in report["rules"] else {}
         shown["rules"] = counts | {"remarks": report["rules"]["remarks"]}
     return shown
 

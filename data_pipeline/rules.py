@@ -31,7 +31,7 @@ class Length(Bounds):
     """Size of a document."""
 
     min_characters: int | None = Field(None, ge=1)
-    """The fewest characters."""
+    """The fewest characters of a plain text; a short conversation is a whole one, too."""
     max_characters: int | None = Field(None, ge=1)
     """The most characters."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from data_pipeline.documents import (
     string_field,
 )
 from data_pipeline.megatron import MegatronDocuments, megatron_documents
+from data_pipeline.remote_blocks import is_url
+from data_pipeline.remote_files import describe_file, list_files
 from data_pipeline.templates import template_columns
 
 CONTAINERS = {
@@ -50,7 +53,8 @@ FIRST_RECORDS = 100  # looked at for their keys where the first may be a bad one
 
 
 def find_files(inputs: Sequence[str], options: ReadOptions) -> tuple[list[SourceFile], list[str]]:
-    """Resolve files, folders (recursively, in sorted order, by known extension), globs and hf:// names to source files.
+    """Resolve files, folders (recursively, in sorted order, by known extension) and globs, here or at URLs, and hf://
+    names to source files.
 
     Returns:
         The files, and the paths found in folders but left out for their extension; hidden ones are in neither.
@@ -59,7 +63,7 @@ def find_files(inputs: Sequence[str], options: ReadOptions) -> tuple[list[Source
         FileNotFoundError: an input does not exist or matches nothing.
         ValueError: an empty file, a file of unknown kind, a folder without a readable file, a hub that does not answer.
     """
-    found: dict[Path, SourceFile] = {}
+    found: dict[str, SourceFile] = {}
     ignored: list[str] = []
     for entry in inputs:
         files = _files_of(entry, options, ignored)
@@ -71,23 +75,25 @@ def find_files(inputs: Sequence[str], options: ReadOptions) -> tuple[list[Source
             )
         for file in files:
             if file.bytes == 0 and file.container != "hub":
-                raise ValueError(f"{file.path} is empty: remove it or fill it")
-            found.setdefault(file.path.resolve(), file)  # inputs that overlap name a file once
+                raise ValueError(f"{file.label} is empty: remove it or fill it")
+            found.setdefault(file.place, file)  # inputs that overlap name a file once
     return [_with_layout(file) for file in found.values()], ignored
 
 
 def content_paths(file: SourceFile) -> list[Path]:
-    """The files whose bytes are the content; none of a hub dataset, whose name holds its revision."""
+    """The files here whose bytes are the content; none of a hub dataset or at a URL, which have a version."""
     if file.container == "dataset":
         return sorted(file.path.iterdir())
     if file.container == "megatron":
         return [file.path, file.path.with_suffix(".idx")]
-    return [] if file.container == "hub" else [file.path]
+    return [] if file.container == "hub" or file.url else [file.path]
 
 
 def _files_of(entry: str, options: ReadOptions, ignored: list[str]) -> list[SourceFile]:
     if entry.startswith(arrow_tables.HUB_PREFIX):
         return [arrow_tables.hub_file(entry)]
+    if is_url(entry):
+        return _files_at(entry, options, ignored)
     path = Path(entry)
     if path.exists():
         return _files_under(path, options, ignored)
@@ -154,6 +160,41 @@ def _dataset_file(path: Path, name: str) -> SourceFile:
 
 
 def _source_file(path: Path, name: str, options: ReadOptions) -> SourceFile:
+    container, compression = _container(path, str(path), options)
+    if container == "megatron":
+        name, path = str(Path(name).with_suffix(".bin")), path.with_suffix(".bin")
+        for half in (path, path.with_suffix(".idx")):
+            if not half.is_file():
+                raise FileNotFoundError(f"a Megatron pair is a .bin and an .idx file: {half} is missing")
+    return SourceFile(path, name, container, path.stat().st_size, compression)
+
+
+def _files_at(url: str, options: ReadOptions, ignored: list[str]) -> list[SourceFile]:
+    """The file at a URL, or those under the folder there, or those that a pattern matches (not over HTTP)."""
+    names, root = list_files(url)
+    if names is None:
+        return [_remote_file(url, Path(urlsplit(url).path).name, options)]
+    files = []
+    for name in names:
+        if _extensions(Path(name))[0] in _wanted_extensions(options) and "/." not in f"/{name}":
+            files.append(_remote_file(f"{root}/{name}", name, options))
+        elif "/." not in f"/{name}":
+            ignored.append(f"{root}/{name}")
+    return files
+
+
+def _remote_file(url: str, name: str, options: ReadOptions) -> SourceFile:
+    container, compression = _container(Path(name), url, options)
+    if container == "megatron":
+        raise ValueError(
+            f"{url}: Megatron pairs are read through memory maps: copy the .bin and the .idx file here first"
+        )
+    size, version = describe_file(url)
+    return SourceFile(Path(name), name, container, size, compression, url, version)
+
+
+def _container(path: Path, label: str, options: ReadOptions) -> tuple[str, str]:
+    """(container, compression) by the name of a file, or as the options say."""
     extension, compression = _extensions(path)
     container = options.format if options.format in CONTAINERS else ""
     for candidate, extensions in CONTAINERS.items():
@@ -162,16 +203,11 @@ def _source_file(path: Path, name: str, options: ReadOptions) -> SourceFile:
     if not container:
         known = ", ".join(_wanted_extensions(options))
         raise ValueError(
-            f"{path}: the extension {extension!r} is unknown (known: {known}); say what it is with --format"
+            f"{label}: the extension {extension!r} is unknown (known: {known}); say what it is with --format"
         )
     if compression and container not in COMPRESSIBLE:
-        raise ValueError(f"{path}: {container} files are read as they are, not inside {path.suffix}: unpack it")
-    if container == "megatron":
-        name, path = str(Path(name).with_suffix(".bin")), path.with_suffix(".bin")
-        for half in (path, path.with_suffix(".idx")):
-            if not half.is_file():
-                raise FileNotFoundError(f"a Megatron pair is a .bin and an .idx file: {half} is missing")
-    return SourceFile(path, name, container, path.stat().st_size, compression)
+        raise ValueError(f"{label}: {container} files are read as they are, not inside {path.suffix}: unpack it")
+    return container, compression
 
 
 def _with_layout(file: SourceFile) -> SourceFile:
@@ -302,7 +338,7 @@ def _keys(file: SourceFile, options: ReadOptions) -> list[str]:
         if not options.skip_bad_rows or number == FIRST_RECORDS:
             break
     if not keys:
-        raise ValueError(f"{file.path} holds no record that can be used: remove it or fill it")
+        raise ValueError(f"{file.label} holds no record that can be used: remove it or fill it")
     return list(keys)
 
 

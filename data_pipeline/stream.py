@@ -210,7 +210,7 @@ class TrainingStream:
         packing: "concatenate" cuts the flat stream of a text source into rows; "best_fit" packs its documents.
         order: "full" shuffles each source as a whole; "block" in windows of 8 MiB, see ``permute_in_blocks``, which
             rows of packed documents do not know: they are shuffled as a whole. "auto": "block" where a source is at a
-            URL.
+            URL or on a network file system.
         remote: how sources at URLs are read.
 
     Attributes:

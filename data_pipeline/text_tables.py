@@ -15,6 +15,7 @@ from data_pipeline import byte_streams
 from data_pipeline.byte_streams import CHUNK_BYTES, check_start, is_cut, keeps_ascii, open_bytes, text_chunks
 from data_pipeline.conversations import conversation_fields
 from data_pipeline.documents import MAX_RECORD_BYTES, BadRow, Document, Place, Reading, ReadOptions, Row, SourceFile
+from data_pipeline.remote_files import open_stored
 
 DELIMITERS = (",", ";", "\t", "|")
 TEXT_BYTES = 16 * 2**20  # a text file above this becomes several documents
@@ -28,7 +29,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 def text_documents(reading: Reading) -> Iterator[Document]:
     """The file as one document; a large one as several, cut at a line end, else at white space, else anywhere."""
-    path = reading.file.path
+    path = reading.file.label
     pending, pending_bytes, line, bytes_read = "", 0, 1, 0
     for text, size in text_chunks(reading):
         pending += text
@@ -113,7 +114,7 @@ class _CsvLines:
                 if not data.endswith(b"\n"):
                     data += stream.readline(MAX_RECORD_BYTES)
                 if len(data) > MAX_RECORD_BYTES + BLOCK_BYTES - 1:
-                    raise ValueError(f"{reading.file.path} has a line of more than {MAX_RECORD_BYTES // 2**20} MiB")
+                    raise ValueError(f"{reading.file.label} has a line of more than {MAX_RECORD_BYTES // 2**20} MiB")
                 self.position = byte_streams.position_in_file(stream)
                 whole = data.endswith(b"\n")  # else the file ends here, maybe inside a character
                 reading.stream_cut = is_cut(stream)
@@ -159,10 +160,10 @@ def csv_header(file: SourceFile, options: ReadOptions) -> tuple[str, list[str]]:
     best = [delimiter for delimiter in candidates if len(headers[delimiter]) == widest]
     if len(best) > 1 and widest > 1:
         raise ValueError(
-            f"{file.path}: the columns may be divided by {' or '.join(map(repr, best))}: say which with --delimiter"
+            f"{file.label}: the columns may be divided by {' or '.join(map(repr, best))}: say which with --delimiter"
         )
     if not headers[best[0]]:
-        raise ValueError(f"{file.path} has no header line that can be read as CSV with the delimiter {best[0]!r}")
+        raise ValueError(f"{file.label} has no header line that can be read as CSV with the delimiter {best[0]!r}")
     return best[0], headers[best[0]]
 
 
@@ -177,7 +178,7 @@ def _first_row(file: SourceFile, options: ReadOptions, delimiter: str) -> list[s
 def csv_rows(reading: Reading) -> Iterator[Row]:
     """Rows behind the header, as dicts."""
     delimiter, names = csv_header(reading.file, reading.options)
-    reading.place = Place(f"{reading.file.path}:")
+    reading.place = Place(f"{reading.file.label}:")
     lines = _CsvLines(reading)
     reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
     header_seen = False
@@ -222,7 +223,7 @@ def jsonl_rows(reading: Reading) -> Iterator[Row]:
     """One JSON object a line; empty lines are passed over. Of a part, the lines that begin in it."""
     codec = reading.options.codec
     if not keeps_ascii(codec):
-        reading.place = Place(f"{reading.file.path}:")
+        reading.place = Place(f"{reading.file.label}:")
         yield from _rows_of_lines(reading, _wide_lines(reading), None, len("".encode(codec)))
         return
     with open_bytes(reading.file) as stream:
@@ -236,7 +237,9 @@ def jsonl_rows(reading: Reading) -> Iterator[Row]:
         else:
             stream.read(mark)
         position = 0 if reading.file.compression else stream.tell()
-        reading.place = Place(f"{reading.file.path}:", partial(_count_lines, reading.file, position) if begin else None)
+        reading.place = Place(
+            f"{reading.file.label}:", partial(_count_lines, reading.file, position) if begin else None
+        )
         lines = iter(partial(stream.readline, MAX_RECORD_BYTES), b"")
         yield from _rows_of_lines(reading, lines, stream, position, end)
         reading.stream_cut = is_cut(stream)
@@ -321,7 +324,7 @@ def _lone_surrogate(row: Any, reading: Reading) -> BadRow | None:
 def _count_lines(file: SourceFile, begin: int) -> int:
     """Line ends in the first ``begin`` bytes."""
     count = 0
-    with open(file.path, "rb") as content:
+    with open_stored(file) as content:
         while begin > 0 and (block := content.read(min(begin, CHUNK_BYTES))):
             count += block.count(b"\n")
             begin -= len(block)
@@ -333,10 +336,10 @@ def json_rows(reading: Reading) -> Iterator[Row]:
 
     The standard decoder does it, for parsers built on yajl put a "?" where half a surrogate pair stands.
     """
-    reading.place = Place(f"{reading.file.path}, record ")
+    reading.place = Place(f"{reading.file.label}, record ")
     window = _Window(reading)
     if window.next_character() != "[":
-        raise ValueError(f"{reading.file.path} holds neither one JSON array nor one JSON object a line")
+        raise ValueError(f"{reading.file.label} holds neither one JSON array nor one JSON object a line")
     window.at += 1
     number = 0
     while (character := window.next_character()) != "]":
@@ -359,7 +362,7 @@ def json_rows(reading: Reading) -> Iterator[Row]:
         yield number, row, window.bytes_read
     window.at += 1
     if window.next_character():
-        raise ValueError(f"{reading.file.path} goes on behind its array: it must hold one array, or one object a line")
+        raise ValueError(f"{reading.file.label} goes on behind its array: it must hold one array, or one object a line")
 
 
 class _Window:

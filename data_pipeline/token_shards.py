@@ -12,7 +12,8 @@ A directory holds shards ``u-<unit>-<number>`` and, written last, ``manifest.jso
 The manifest has of every file its size, of ``.sums`` the xxh3-64, and its own xxh3-128 with ``CHECKSUM_PLACE`` in the
 place of the checksum. A directory without a manifest is not a data set. shard_writer.py writes the format.
 
-A local directory is read through memory maps, one at a URL in blocks through a cache: remote_blocks.py.
+A local directory is read through memory maps; one at a URL or on a network file system in blocks through a cache:
+remote_blocks.py.
 """
 
 import bisect
@@ -31,7 +32,7 @@ import numpy as np
 import orjson
 import xxhash
 
-from data_pipeline.remote_blocks import RemoteFile, RemoteFolder, RemoteOptions, is_url, open_cache
+from data_pipeline.remote_blocks import RemoteFile, RemoteFolder, RemoteOptions, is_on_network, is_url, open_cache
 
 FORMAT_VERSION = "tokenshard/1"
 BLOCK_BYTES = 8 * 2**20
@@ -308,10 +309,11 @@ class TokenShards:
     def __init__(self, directory: Path | str, options: RemoteOptions | None = None) -> None:
         self.directory: Path | str = Path(directory)
         self.remote: RemoteFolder | None = None
-        if is_url(directory):
+        if is_url(directory) or is_on_network(Path(directory)):
             options = options or RemoteOptions()
-            self.remote = RemoteFolder(str(directory), options.deadline_seconds)
-            self.directory = self.remote.url
+            url = str(directory) if is_url(directory) else f"file://{Path(directory).resolve()}"
+            self.remote = RemoteFolder(url, options.deadline_seconds)
+            self.directory = self.remote.url if is_url(directory) else Path(directory)
             self.cache = open_cache(options.cache_directory, options.cache_bytes)
             self.requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="requests")
         content = self._read_manifest()
@@ -462,7 +464,7 @@ class TokenShards:
         raise ValueError(f"{self.directory} has {self.tokens:,} tokens: {start:,} to {stop:,} is outside")
 
     def _read_manifest(self) -> bytes:
-        if self.remote is not None:
+        if self.remote is not None and is_url(self.directory):
             return self.remote.read(MANIFEST_NAME)
         directory = Path(self.directory)
         path = directory / MANIFEST_NAME

@@ -53,7 +53,7 @@ def main() -> None:
 
 @app.command()
 def prepare(
-    inputs: Annotated[list[str], typer.Option("--input", help="File, folder, glob or hf://…; may be repeated.")],
+    inputs: Annotated[list[str], typer.Option("--input", help="File, folder, glob, URL or hf://…; may be repeated.")],
     out: Annotated[Path, typer.Option(help="Folder for train/, validation/, tokenizer/ and report.json.")],
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer to use.")] = None,
     train_tokenizer: Annotated[

@@ -73,8 +73,8 @@ def run_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def environment() -> dict[str, str]:
-    """Every process also takes a sitecustomize.py from SLOW_DISK, where a test has set it."""
-    path = os.pathsep.join([str(PROJECT), *os.environ.get("SLOW_DISK", "").split()])
+    """Every process also takes a sitecustomize.py from PLANTED, where a test has set it."""
+    path = os.pathsep.join([str(PROJECT), *os.environ.get("PLANTED", "").split()])
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 

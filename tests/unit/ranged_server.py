@@ -6,22 +6,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
-class RangedServer:
+class Counting:
+    """Counts the bytes sent, also those of processes that are forked from this one and killed."""
+
+    _sent: Any = field(default_factory=lambda: RawValue("q"), init=False)
+    _sent_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @property
+    def bytes_sent(self) -> int:
+        return int(self._sent.value)
+
+    def count(self, sent_bytes: int) -> None:
+        with self._sent_lock:
+            self._sent.value += sent_bytes
+
+
+@dataclass
+class RangedServer(Counting):
     """What the tests see and set."""
 
     folder: Path
     port: int = 0
-    bytes_sent: int = 0
     requests: list[str] = field(default_factory=list)
     """Names of the files asked for with GET."""
     answer: Callable[[str, bytes], bytes | int | None] = lambda name, content: content
     """Of a GET's file name and right answer: what is sent, or a status, or None, where it never comes."""
     seconds_per_kilobyte: float = 0.0
     """How slowly an answer trickles."""
+    ranges: bool = True
+    sizes: bool = True
+    """Whether it knows ranges, and tells how long its answers are."""
 
     @property
     def url(self) -> str:
@@ -45,14 +65,13 @@ class RangedServer:
             def do_HEAD(self) -> None:
                 path = state.folder / self.path.lstrip("/")
                 self.send_response(200 if path.is_file() else 404)
-                self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
-                self.end_headers()
+                self._end_headers(path.stat().st_size if path.is_file() else 0)
 
             def do_GET(self) -> None:
                 path = state.folder / self.path.lstrip("/")
                 content = path.read_bytes() if path.is_file() else b""
                 status = 200 if path.is_file() else 404
-                if "Range" in self.headers and status == 200:
+                if "Range" in self.headers and status == 200 and state.ranges:
                     first, last = self.headers["Range"].removeprefix("bytes=").split("-")
                     content, status = content[int(first) : int(last) + 1], 206
                 state.requests.append(path.name)
@@ -62,15 +81,21 @@ class RangedServer:
                     return
                 if isinstance(answer, int):
                     answer, status = b"", answer
-                state.bytes_sent += len(answer)
+                state.count(len(answer))
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
+                self._end_headers(len(answer))
                 pieces = range(0, len(answer), 64) if state.seconds_per_kilobyte else [0]
                 with suppress(ConnectionError):  # the client has given it up
                     for begin in pieces:
                         self.wfile.write(answer[begin : begin + 64] if state.seconds_per_kilobyte else answer)
                         ended.wait(state.seconds_per_kilobyte / 16)
+
+            def _end_headers(self, size_bytes: int) -> None:
+                if state.sizes:
+                    self.send_header("Content-Length", str(size_bytes))
+                else:
+                    self.close_connection = True  # which is then the end of the answer
+                self.end_headers()
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from ranged_server import Counting
 from werkzeug.serving import make_server
 
 NO_FILE = "/nonexistent/aws"
 
 
 @dataclass
-class S3Store:
+class S3Store(Counting):
     """What the tests see and set. The objects are kept by moto in this process, also while nothing is served."""
 
     port: int = 0
-    bytes_sent: int = 0
     requests: list[str] = field(default_factory=list)
     """Paths asked for with GET and HEAD."""
     answer: Callable[[str], tuple[str, str] | None] = lambda path: None
@@ -52,7 +52,7 @@ class S3Store:
                 start_response(wanted[0], [("Content-Type", "application/xml")])
                 return [f"<Error><Code>{wanted[1]}</Code><Message>as told</Message></Error>".encode()]
             content = b"".join(moto(environment, start_response))
-            self.bytes_sent += len(content)
+            self.count(len(content))
             return [content]
 
         server = make_server("127.0.0.1", self.port, application, threaded=True)

@@ -1,16 +1,19 @@
 """Token shards at a URL: the rows are the local ones, fetched about once, whatever the store and the cache do."""
 
 import errno
+import gc
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from data_samples import random_documents, write_shards
+from fsspec.implementations.local import LocalFileSystem
 from ranged_server import RangedServer
 
 from data_pipeline import remote_blocks, shard_writer, stream, token_shards
@@ -300,3 +303,57 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     remote_blocks.BlockCache(tmp_path, 30).get("a", digests["a"], lambda: b"")  # used by another process
     cache.get("d", digests["d"], lambda: blocks["d"])
     assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".lock") == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("a / ext4\nhost:/x {0} nfs4", True),
+        ("host:/x / nfs4\na {0} xfs", False),
+        ("a {0} xfs\nhost {0} fuse.sshfs", True),
+        ("host {0} nfs\na {0} tmpfs", False),
+        ("a / ext4\nhost {0}x lustre", False),
+        ("a / fuse.fuse-overlayfs", False),
+    ],
+)
+def test_the_mount_above_a_path_says_whether_it_is_on_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, expected: bool
+) -> None:
+    folder = tmp_path / "a b"
+    mounts = tmp_path / "mounts"
+    rows = lines.format(str(folder).replace(" ", "\\040")).splitlines()
+    mounts.write_text("".join(f"{row} rw 0 0\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(remote_blocks, "MOUNTS", str(mounts))
+    assert remote_blocks.is_on_network(folder / "data") is expected
+
+
+def test_a_network_file_system_is_read_without_memory_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards(tmp_path / "share" / "train", random_documents(600, 500), shard_bytes=SHARD_BYTES)
+    local = TrainingStream([(folder, 1.0)], LENGTH, 7, order="block")
+    expected = read_epoch(local, 640)
+    assert str(folder) in Path("/proc/self/maps").read_text(), "it would not be seen below"
+    del local
+    gc.collect()
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"a / ext4 rw 0 0\nhost:/share {tmp_path}/share nfs4 rw 0 0\n")
+    monkeypatch.setattr(remote_blocks, "MOUNTS", str(mounts))
+    plain, failures = LocalFileSystem.cat_file, iter(range(3))
+
+    def fail_at_first(self: LocalFileSystem, *arguments: Any, **more: Any) -> bytes:
+        if next(failures, None) is not None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return plain(self, *arguments, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fail_at_first)
+    remote = TrainingStream([(folder, 1.0)], LENGTH, 7, remote=options(tmp_path))
+    assert remote.sources == [folder] and np.array_equal(read_epoch(remote, 640), expected)
+    assert str(folder) not in Path("/proc/self/maps").read_text() and next(failures, None) is None
+    for file in folder.glob("*.bin"):
+        os.truncate(file, 100)  # where it is mapped, this ends the process
+    remote_blocks.open_cache.cache_clear()
+    with pytest.raises(ValueError, match=r"u-00000-000\.bin: block \d+ .* was read twice, and"):
+        TokenShards(folder, options(tmp_path, blocks=0)).read(0, 10_000)
+    with pytest.raises(ValueError, match=r"u-00000-000\.bin has 100 bytes, but the manifest says"):
+        TokenShards(folder).check_files()

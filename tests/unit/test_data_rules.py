@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from data_pipeline import clean, duplicates, unit_documents, units, workers
 from data_pipeline.clean import Cleaner, no_tally
 from data_pipeline.documents import Document, Place
+from data_pipeline.n_grams import has_spaces
 from data_pipeline.plan import PrepareOptions, make_plan
 from data_pipeline.prepare import prepare
 from data_pipeline.rules import Rules
@@ -84,12 +85,15 @@ def test_each_control_character_is_found_alone(character: str) -> None:
 
 def test_conversations_are_repaired_message_by_message() -> None:
     messages = [{"role": "user", "content": "I am ada@example.org"}, {"role": "assistant", "content": None, "x": 1}]
-    rules = Rules(personal_data=["email"], gopher_quality={"min_words": 50}, length={"max_characters": 30})
+    rules = Rules(
+        personal_data=["email"], gopher_quality={"min_words": 50}, length={"min_characters": 20, "max_characters": 30}
+    )
     cleaner = Cleaner(rules)
     after = cleaner.repair(document("", messages))
     assert after.messages == [{"role": "user", "content": "I am <email>"}, messages[1]]
     assert messages[0]["content"] == "I am ada@example.org"
-    assert cleaner.broken_bound(after, no_tally(rules)) is None  # words are not counted
+    assert cleaner.broken_bound(after, no_tally(rules)) is None  # words are not counted, and it may be short
+    assert cleaner.broken_bound(document("I am <email>"), no_tally(rules)) == ("length.min_characters", "12, bound 20")
     call = {"type": "function", "function": {"name": "mail", "arguments": {"to": ["ada@example.org"], "n": 1}}}
     tool = {"type": "function", "function": {"name": "mail", "description": "As to ada@example.org"}}
     calling = document("", [{"role": "assistant", "content": None, "tool_calls": [call]}])._replace(tools=[tool])
@@ -209,6 +213,11 @@ def test_scripts_without_spaces_pass_the_bounds_on_words() -> None:
         assert broken(text, length={"max_characters": 10}) == "length.max_characters"
     assert broken("Ein ganzer Satz über das Zeichen 天.", **rules) == "gopher_quality.min_words"
     assert broken("printf(1); " * 10 + "天地玄黃宇宙洪荒", **rules) == ""  # a page of code, described in Chinese
+    table = "\n".join(f"space {n} 0x{n:04x}" for n in range(32, 400))
+    chinese = "可以識別的符號。注意並不是所有的符號在每種平臺下都可用。\n"
+    assert has_spaces(chinese + table) and broken(chinese + table, **rules) == ""
+    assert broken("All symbols. Note these.\n" + table, **rules) == "gopher_quality.min_alphabetic_words"
+    assert broken("All symbols. Note these. A quotation: " + chinese + table, **rules).startswith("gopher_quality.")
 
 
 # prepare
@@ -419,6 +428,15 @@ def test_the_reports_show_no_personal_data_that_is_replaced(tmp_path: Path, toke
     reports = b"".join((tmp_path / "out" / name).read_bytes() for name in ("report.json", "report.html"))
     assert reports.count("schön".encode()) > 9
     assert [value for value in values if value.encode() in reports] == []
+
+
+def test_short_conversations_stay_with_the_shipped_rules(tmp_path: Path, tokenizer_folder: Path, rules: Rules) -> None:
+    turns = [[{"role": "user", "content": f"你好{n}"}, {"role": "assistant", "content": "你好。"}] for n in range(4)]
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages} for messages in turns])
+    report = prepare(_options(tmp_path, tmp_path / "out", tokenizer_folder, rules, validation_fraction=0))
+    assert report["documents"] == {"in": 4, "kept": 4, "empty": 0, "dropped": 0}
+    [remark] = report["rules"]["remarks"]
+    assert remark == "of conversations length.min_characters and the bounds on words, lines and n-grams were off"
 
 
 # Refused

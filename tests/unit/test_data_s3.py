@@ -12,8 +12,10 @@ from data_samples import random_documents, write_shards
 from moto.core import enable_iam_authentication
 from moto.moto_api._internal import moto_api_backend
 from s3_store import S3Store
+from source_samples import read
 from test_data_remote import BLOCK, LENGTH, SHARD_BYTES, data_bytes, options, read_epoch, small_blocks  # noqa: F401
 
+from data_pipeline.sources import ReadOptions, find_files
 from data_pipeline.stream import TrainingStream
 from data_pipeline.token_shards import TokenShards
 
@@ -49,14 +51,14 @@ def one_block(store: S3Store, tmp_path: Path) -> S3Store:
 def test_an_epoch_equals_the_local_one_and_is_fetched_about_once(store: S3Store, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "local", random_documents(1000, 500), shard_bytes=SHARD_BYTES)
     put(folder)
-    store.bytes_sent = 0
+    before = store.bytes_sent
     local = TrainingStream([(folder, 1.0)], LENGTH, 7, order="block")
     remote = TrainingStream([(URL, 1.0)], LENGTH, 7, remote=options(tmp_path))
     count = local.samples_per_epoch
     assert remote.fingerprint == local.fingerprint
     assert np.array_equal(read_epoch(remote, count), read_epoch(local, count))
     assert data_bytes(folder) > 1.8 * 60 * BLOCK, "the cache is smaller than the data"
-    assert data_bytes(folder) * 0.99 < store.bytes_sent <= 1.1 * data_bytes(folder)
+    assert data_bytes(folder) * 0.99 < store.bytes_sent - before <= 1.1 * data_bytes(folder)
     kept = [file.stat().st_size for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
     assert sum(kept) <= 60 * BLOCK
 
@@ -139,3 +141,19 @@ def test_wrong_credentials_are_refused_at_once(one_block: S3Store, tmp_path: Pat
     with enable_iam_authentication(), pytest.raises(PermissionError, match=message):
         TokenShards(URL, options(tmp_path))
     assert len(one_block.requests) == 1
+
+
+def test_texts_in_a_bucket(store: S3Store, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = s3fs.S3FileSystem()
+    for name, content in [("a.txt", b"one"), ("deep/b.txt", b"two"), ("c.pdf", b"no")]:
+        lake.pipe(f"lake/texts/{name}", content)
+    assert read("s3://lake/texts") == ["one", "two"]
+    assert read("s3://lake/texts/*.txt") == read("s3://lake/texts/a.txt") == ["one"]
+    versions = {find_files(["s3://lake/texts/a.txt"], ReadOptions())[0][0].version for _ in range(2)}
+    lake.pipe("lake/texts/a.txt", b"new")
+    versions.add(find_files(["s3://lake/texts/a.txt"], ReadOptions())[0][0].version)
+    assert len(versions) == 2 and all(version.startswith("ETag ") for version in versions)
+    assert "neither" not in capsys.readouterr().out
+    for place in ("s3://no-lake/texts", "s3://lake/none.txt"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            read(place)

@@ -20,6 +20,7 @@ RECIPES = PROJECT_ROOT / "launch" / "recipes" / "tasks"
 NAMES = sorted(task_data.SOURCES)
 ROWS = {
     "spam": {"mail": "Buy now", "kind": "spam"},
+    "genre": {"text": "He said nothing.", "genre": "fiction"},
     "chat": {"question": "Who are you?", "answer": "A bot."},
 }
 
@@ -49,17 +50,18 @@ def test_what_is_asked_at_the_end_is_what_was_trained(name: str, tmp_path: Path)
 def test_no_text_nor_a_near_duplicate_of_it_is_in_two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
-    def source() -> Iterator[tuple[str, task_data.Row]]:
+    def source() -> Iterator[tuple[str, task_data.Group]]:
         for number in range(40):
             text = " ".join(f"{word}{number}" for word in words * 4)
             for variant in (text, text.upper() + "!", f"{text} indeed", ""):
-                yield variant, {"text": variant}
+                yield variant, [{"text": variant}, {"text": f"another piece of {number}"}]
 
     monkeypatch.setitem(task_data.SOURCES, "spam", (source, (20, 5, 15)))
-    assert task_data.write_parts("spam", tmp_path) == {"train": 20, "validation": 5, "test": 15}
+    assert task_data.write_parts("spam", tmp_path) == {"train": 40, "validation": 5, "test": 15}
     parts = [(tmp_path / f"{part}.jsonl").read_text("utf-8").splitlines() for part in task_data.PARTS]
-    assert [len(lines) for lines in parts] == [20, 5, 15]
-    assert len({json.loads(line)["text"].split()[0].lower() for lines in parts for line in lines}) == 40
+    firsts = [json.loads(line)["text"] for line in (*parts[0][::2], *parts[1], *parts[2])]
+    assert len({text.split()[0].lower() for text in firsts}) == 40
+    assert parts[0][1::2] == [json.dumps({"text": f"another piece of {t.split()[0][3:]}"}) for t in firsts[:20]]
     monkeypatch.setitem(task_data.SOURCES, "spam", (source, (20, 5, 16)))
     with pytest.raises(ValueError, match="the package of spam has 40 different texts, 41 are needed"):
         task_data.write_parts("spam", tmp_path)
