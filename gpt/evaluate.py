@@ -109,8 +109,7 @@ class RunEvaluation:
         metrics = metrics_of(everyone.sum(axis=0).tolist(), self.byte_lengths is not None)
         text, greedy = None, None
         if self.sample_tokens:
-            with trainer.as_exported():
-                greedy = self._sample(trainer)
+            greedy = self._sample(trainer)
             text = f"{self.tokenizer.decode(greedy.prompt_ids)} ⟶ {self.tokenizer.decode(greedy.new_ids)}"
         return Evaluation(metrics, text, greedy)
 

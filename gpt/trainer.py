@@ -135,7 +135,7 @@ class Trainer:
             return self._roll_back(step, self._fault)
         if self.evaluate is not None and self._is_due(step, self.recipe.evaluate.every_steps):
             self._phase(f"evaluation at step {step}")
-            with self.clock.phase("evaluation"):
+            with self.clock.phase("evaluation"), self.as_exported():
                 evaluation = self.evaluate(self)
             record |= evaluation.metrics | _named(self.clock.take(["evaluation"]))
             if self.metrics is not None and evaluation.sample_text is not None:
