@@ -47,6 +47,7 @@ def build_run_model(
     worth_it = on_gpu or steps >= COMPILED_STEPS
     compiled = recipe.compile is True or (recipe.compile == "auto" and worth_it)
     uncompiled: Context = CompiledLayers(model).plain if compiled else nullcontext
+    config = model.config  # from_pretrained copies what it is given
     if config._attn_implementation != "blockwise":
         return model, uncompiled, uncompiled
 

@@ -105,6 +105,7 @@ class Runs:
             },
             "train": {"global_batch_tokens": 512, "micro_batch_sequences": 2, "steps": 20, "seed": 3},
             "optimizer": {"learning_rate": 5e-3, "warmup_steps": 4},
+            "compile": False,  # also in those that have many steps, to be stopped somewhere
             "checkpoint": {"every_steps": 10},
             "evaluate": {"every_steps": 5, "batches": 1, "sample_tokens": 4},
             "logging": {"console_every_steps": 1},
