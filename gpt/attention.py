@@ -3,7 +3,8 @@
 torch's own attention on a CPU (sdpa) computes 512 tokens in twice the time that the matrix products take which it
 replaces; these reach the processor's best rate. Each block of queries is multiplied with the keys up to its end only,
 so that most of what causality hides is never computed. The price is memory: the weights of attention are kept for the
-backward pass, `batch * heads * tokens ** 2 / 2` numbers a layer and a little more.
+backward pass, `batch * heads * tokens ** 2 / 2` numbers a layer and a little more, and in bf16 the rounding of scores
+and of their gradients, as in transformers' eager attention; sdpa holds both in fp32.
 """
 
 from typing import Any
@@ -16,13 +17,11 @@ from transformers.masking_utils import eager_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
-LONGEST_TOKENS = 1024
-"""Of sequences that `auto` computes by blocks: the memory grows with their square."""
 BLOCK_TOKENS = 128
 """Queries of one product: smaller blocks compute less in vain, in products that are less efficient."""
 
 
-def choose_attention(config: PreTrainedConfig, attention: str, sequence_length: int, *, on_gpu: bool) -> None:
+def choose_attention(config: PreTrainedConfig, attention: str) -> None:
     """Make the recipe's `attention` that of models of this configuration.
 
     Raises:
@@ -31,12 +30,13 @@ def choose_attention(config: PreTrainedConfig, attention: str, sequence_length: 
     if attention == "flash_attention_2" and not (torch.cuda.is_available() and is_flash_attn_2_available()):
         lacks = "the package flash-attn" if torch.cuda.is_available() else "a CUDA device"
         raise ValueError(f"attention is flash_attention_2, but this host has not {lacks} that it needs: use auto")
-    if attention == "auto":
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        if on_gpu or sequence_length > LONGEST_TOKENS or not model_class._supports_sdpa:
-            return  # transformers' choice
-        attention = "blockwise"
-    config._attn_implementation = attention
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if attention == "blockwise" and not model_class._supports_sdpa:
+        raise ValueError(
+            f"attention is blockwise, which {model_class.__name__} cannot use, as it cannot sdpa: use auto"
+        )
+    if attention != "auto":
+        config._attn_implementation = attention
 
 
 def blockwise_attention(
@@ -60,8 +60,8 @@ def blockwise_attention(
     """
     batch, heads, tokens, width = query.shape
     cached = key.shape[2] != tokens  # generation, one token a time
-    biased = options.get("position_bias") is not None
-    if cached or biased or attention_mask is None or not getattr(module, "is_causal", True):
+    special = any(options.get(name) is not None for name in ("position_bias", "softcap"))  # sdpa computes or refuses
+    if cached or special or attention_mask is None or not getattr(module, "is_causal", True):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     groups = key.shape[1]  # of heads that share keys and values: their queries are rows of one product
     query = (query * (width**-0.5 if scaling is None else scaling)).view(batch, groups, -1, tokens, width)

@@ -36,7 +36,7 @@ def build_run_model(
     model that is loaded elsewhere. `zero` is as `build_model` has it, `steps` the run's."""
     from gpt.attention import choose_attention  # transformers' models, for which a launcher need not wait
 
-    choose_attention(config, recipe.attention, recipe.data.sequence_length, on_gpu=on_gpu)
+    choose_attention(config, recipe.attention)
     model = build_model(recipe.model, config, recipe.precision, recipe.train.seed, zero)
     if recipe.lora is not None:
         add_adapter(model, recipe.lora, recipe.train.seed)

@@ -56,7 +56,7 @@ def test_a_kill_in_the_middle_of_a_save(reference: Runs, tmp_path: Path, monkeyp
     [begun, committed] = [events(live, kind)[0]["time"] for kind in ("begun", "committed")]
     assert committed - begun > 1.4, "the disk was not slow, so that nothing was tested"
     stall = metrics[7]["performance/checkpoint_stall_seconds"]
-    assert 0.1 < stall < 1, "step 7 waits for the copy, which begins late, but not for the disk"
+    assert 0.3 < stall < 1, "step 7 waits for the copy, which begins late, but not for the disk"
     assert metrics[8]["checkpoint/seconds_since_commit"] > metrics[2]["checkpoint/seconds_since_commit"]
     done = reference.train("killed-saving", **often)
     assert "resumed at step 6" in done.stdout and "PASS" in done.stdout
@@ -66,7 +66,7 @@ def test_a_kill_in_the_middle_of_a_save(reference: Runs, tmp_path: Path, monkeyp
 
 @pytest.mark.full
 def test_a_file_that_may_not_grow_costs_one_save(runs: Runs) -> None:
-    live = runs.start("limited", attention="sdpa", **LONG)
+    live = runs.start("limited", **LONG)
     live.wait_until(lambda: bool(events(live, "committed")))
     rank = worker_pids(live.process.pid)[1]
     limits = resource.prlimit(rank, resource.RLIMIT_FSIZE)
@@ -82,8 +82,6 @@ def test_a_file_that_may_not_grow_costs_one_save(runs: Runs) -> None:
     assert len(records) == 150
     assert records[150]["checkpoint/failed_saves"] == len(events(live, "failed"))
     trainyard("verify", str(live.directory), cwd=runs.folder)
-    probe = read_manifest(checkpoint_directory(live.directory, 145)).probe
-    assert probe is not None and probe.rows == 2, "it is not of the next step's first forward, which costs nothing"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import gpt.attention
-from gpt.attention import LONGEST_TOKENS, choose_attention
+from gpt.attention import choose_attention
 
 TOKENS = 300  # no multiple of the block
 SMALL = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "bos_token_id": 0,
@@ -91,26 +91,12 @@ def test_generation_with_a_cache_gives_the_text_of_sdpa() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attention", "tokens", "on_gpu", "chosen"),
-    [
-        ("auto", LONGEST_TOKENS, False, "blockwise"),
-        ("auto", LONGEST_TOKENS + 1, False, "sdpa"),
-        ("auto", 32, True, "sdpa"),
-        ("blockwise", LONGEST_TOKENS + 1, True, "blockwise"),
-        ("sdpa", 32, False, "sdpa"),
-        ("eager", 32, False, "eager"),
-    ],
+    ("attention", "chosen"), [("auto", "sdpa"), ("blockwise", "blockwise"), ("sdpa", "sdpa"), ("eager", "eager")]
 )
-def test_attention_is_the_recipes(attention: str, tokens: int, on_gpu: bool, chosen: str) -> None:
+def test_attention_is_the_recipes(attention: str, chosen: str) -> None:
     config = small_config("llama")
-    choose_attention(config, attention, tokens, on_gpu=on_gpu)
+    choose_attention(config, attention)
     assert AutoModelForCausalLM.from_config(config).config._attn_implementation == chosen
-
-
-def test_a_model_without_sdpa_keeps_its_own_attention() -> None:
-    config = AutoConfig.for_model("gpt_oss", **SMALL, num_local_experts=2, num_key_value_heads=2, intermediate_size=32)
-    choose_attention(config, "auto", 32, on_gpu=False)
-    assert AutoModelForCausalLM.from_config(config).config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(("cuda", "lacks"), [(False, "a CUDA device"), (True, "the package flash-attn")])
@@ -120,10 +106,10 @@ def test_flash_attention_where_it_cannot_be_had_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(gpt.attention, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(ValueError, match=f"attention is flash_attention_2, but this host has not {lacks}"):
-        choose_attention(small_config("llama"), "flash_attention_2", 32, on_gpu=cuda)
+        choose_attention(small_config("llama"), "flash_attention_2")
 
 
 def test_the_exported_configuration_does_not_name_it() -> None:
     config = small_config("llama")
-    choose_attention(config, "auto", 32, on_gpu=False)
+    choose_attention(config, "blockwise")
     assert "blockwise" not in config.to_json_string(use_diff=False)
