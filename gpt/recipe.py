@@ -152,8 +152,7 @@ class Data(Section):
     order: Literal["auto", "full", "block"] = "auto"
     """How samples are shuffled. full: each set as a whole. block: in windows of 8 MiB, eight at a time, so that what is
     fetched is used before the cache drops it; rows of packed documents are shuffled as a whole all the same. auto:
-    block where a training set is at a URL or on a network file system. Either is a function of seed and position,
-    whatever the world size."""
+    block where a training set is at a URL or on a network file system. Both depend on seed and position alone."""
     remote: Remote = Remote()
     """How data sets at URLs and on network file systems are read."""
     workers: Annotated[Int, Field(ge=0)] = 1

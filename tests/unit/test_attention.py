@@ -99,6 +99,20 @@ def test_attention_is_the_recipes(attention: str, chosen: str) -> None:
     assert AutoModelForCausalLM.from_config(config).config._attn_implementation == chosen
 
 
+def test_a_softcap_is_refused_and_not_left_out() -> None:
+    query, mask = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="softcap"):
+        gpt.attention.blockwise_attention(torch.nn.Module(), query, query, query, mask, softcap=50.0)
+
+
+def test_a_model_without_sdpa_is_refused() -> None:
+    config = AutoConfig.for_model("gpt_oss", **SMALL, num_local_experts=2, num_key_value_heads=2, intermediate_size=32)
+    with pytest.raises(ValueError, match="attention is blockwise, which GptOssForCausalLM cannot use"):
+        choose_attention(config, "blockwise")
+    choose_attention(config, "auto")
+    assert AutoModelForCausalLM.from_config(config).config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize(("cuda", "lacks"), [(False, "a CUDA device"), (True, "the package flash-attn")])
 def test_flash_attention_where_it_cannot_be_had_is_refused(
     monkeypatch: pytest.MonkeyPatch, cuda: bool, lacks: str
