@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import is_flash_attn_2_available
 
 from gpt.checkpoint.read import newest_manifest
 from gpt.recipe import Model
@@ -129,6 +130,19 @@ def _config_of_weights(pretrained: str) -> PreTrainedConfig:
             f"model.pretrained {pretrained} is neither a Trainyard run, nor a Hugging Face folder, nor a hub id that "
             f"can be reached: {str(error).splitlines()[0]}"
         ) from error
+
+
+def choose_attention(config: PreTrainedConfig, attention: str) -> None:
+    """Make the recipe's `attention` that of models of this configuration.
+
+    Raises:
+        ValueError: this host cannot compute it.
+    """
+    if attention == "flash_attention_2" and not (torch.cuda.is_available() and is_flash_attn_2_available()):
+        lacks = "the package flash-attn" if torch.cuda.is_available() else "a CUDA device"
+        raise ValueError(f"attention is flash_attention_2, but this host has not {lacks} that it needs: use auto")
+    if attention != "auto":
+        config._attn_implementation = attention
 
 
 def build_model(

@@ -414,9 +414,9 @@ class Recipe(Section):
     compile: Literal["auto", True, False] = "auto"
     """Compile the decoder layers with torch.compile. auto: on for CUDA devices, and on a CPU for runs of 1,000 steps or
     more: shorter ones may gain less than the first compilation takes."""
-    attention: Literal["auto", "blockwise", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """transformers' names, or blockwise: products of blocks, quick on a CPU, with eager's rounding. auto: transformers'
-    choice. flash_attention_2 needs a CUDA device and the package flash-attn; it was not run here."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """How attention is computed, by transformers' names. auto: transformers' choice, sdpa where the model has it.
+    flash_attention_2 needs a CUDA device and the package flash-attn; it was not run here."""
     fused_loss: Literal["auto", False] = "auto"
     """Compute the output layer and the loss together, 512 tokens at a time, so that a forward's logits never take
     memory as a whole; the gradient of the output layer's weights is meanwhile held in fp32. auto: on where the logits

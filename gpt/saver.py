@@ -96,8 +96,7 @@ class Saver:
 
     `owner` is rank 0's hold on the run directory, None elsewhere; `sync` brings the metrics to disk, which a commit
     must not be ahead of. With `probe_from_training` the next step's first forward gives the probe for nothing: it runs
-    on exactly the saved weights. It must then compute what an evaluation would: no dropout, transformers' attention, no
-    compiled layers.
+    on exactly the saved weights. It must then compute what an evaluation would: no dropout, layers not compiled.
     """
 
     def __init__(

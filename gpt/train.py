@@ -306,15 +306,13 @@ def _run_claimed(
         _describe_run(plan, owner, ranks.world_size)
     heartbeat.progress("building the model")
     keep_alive = distributed.zero_config(plan.deepspeed)
-    model, uncompiled, as_exported = build_run_model(
-        recipe, plan.config, keep_alive, steps=plan.schedule.total_steps, on_gpu=ranks.device.type == "cuda"
-    )
+    model, uncompiled = build_run_model(plan, keep_alive, on_gpu=ranks.device.type == "cuda")
     heartbeat.progress("starting the engine")
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks, trained_only=recipe.lora is not None)
     torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
     heartbeat.progress("loading a checkpoint")
-    with as_exported():
+    with uncompiled():
         manifest = resume(plan, engine, state, ranks, owner)
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
@@ -332,10 +330,10 @@ def _run_claimed(
         batch=plan.batch,
         schedule=plan.schedule,
         evaluate=_build_evaluation(plan),
-        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, as_exported),
+        saver=_build_saver(plan, state, ranks, owner, heartbeat.generation, model, metrics, uncompiled),
         load=lambda: load_newest(plan, engine, state, ranks),
         stop_requested=stop_requested,
-        as_exported=as_exported,
+        uncompiled=uncompiled,
         output_layer=output,
         embedding_noise=embedding_noise(model, recipe.train),
         flops_per_token=training_flops_per_token(recipe, plan.config, model),
@@ -346,19 +344,19 @@ def _run_claimed(
         heartbeat=heartbeat,
         trace=step_trace(recipe) if ranks.is_first else None,
     )
-    _check_isolation(plan, trainer, uncompiled)
+    _check_isolation(plan, trainer)
     return _fit(trainer)
 
 
 def _build_saver(
-    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, as_exported: Any
+    plan: RunPlan, state: Any, ranks: Any, owner: Any, generation: int, model: Any, metrics: Any, uncompiled: Any
 ) -> Any:
     from gpt.model import draws_random_numbers
     from gpt.saver import Saver
 
     sync = metrics.sync if metrics is not None else lambda: None
     random = draws_random_numbers(model) or plan.recipe.train.neftune_noise_alpha is not None
-    same_as_evaluation = as_exported is nullcontext and not random
+    same_as_evaluation = uncompiled is nullcontext and not random
     tied = {name: first for name, first in tied_names(model).items() if first in state.parameters}
     return Saver(plan, state, ranks, owner, generation, tied, sync, same_as_evaluation)
 
@@ -377,7 +375,7 @@ def _fit(trainer: Any) -> int | None:
     return stopped_at
 
 
-def _check_isolation(plan: RunPlan, trainer: Any, uncompiled: Any) -> None:
+def _check_isolation(plan: RunPlan, trainer: Any) -> None:
     """Where rows may hold several documents: refuse a model that does not keep them apart."""
     from gpt.isolation import check_isolation
 
@@ -385,7 +383,7 @@ def _check_isolation(plan: RunPlan, trainer: Any, uncompiled: Any) -> None:
         return
     model = trainer.engine.module
     trainer.engine.eval()
-    with uncompiled():
+    with trainer.uncompiled():
         line = check_isolation(
             trainer.forward,
             f"{type(model).__name__} with {model.config._attn_implementation} attention",

@@ -65,8 +65,8 @@ class Trainer:
     evaluate: Callable[["Trainer"], Evaluation] | None
     saver: Saver
     stop_requested: Callable[[], bool]
-    as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
-    """In it, the model computes as it will where it is loaded: layers not compiled, transformers' attention."""
+    uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
+    """In it, the model computes as it will where it is loaded: layers not compiled."""
     output_layer: OutputLayer | None = None
     """Where it gives the loss; logits are then never whole."""
     embedding_noise: Callable[[int], AbstractContextManager[Any]] = nullcontext
@@ -135,7 +135,7 @@ class Trainer:
             return self._roll_back(step, self._fault)
         if self.evaluate is not None and self._is_due(step, self.recipe.evaluate.every_steps):
             self._phase(f"evaluation at step {step}")
-            with self.clock.phase("evaluation"), self.as_exported():
+            with self.clock.phase("evaluation"), self.uncompiled():
                 evaluation = self.evaluate(self)
             record |= evaluation.metrics | _named(self.clock.take(["evaluation"]))
             if self.metrics is not None and evaluation.sample_text is not None:
@@ -288,7 +288,7 @@ class Trainer:
         without effect: where, on any rank, a value was first not finite."""
         now, skipped_steps = random_state(self.ranks.device), self.engine.skipped_steps
         set_random_state(random, self.ranks.device)
-        with self.as_exported(), first_non_finite(self.engine.module, self.ranks.rank) as found:
+        with self.uncompiled(), first_non_finite(self.engine.module, self.ranks.rank) as found:
             self._accumulate(batch, whole_logits=True)
         distributed.discard_gradients(self.engine)
         self.engine.skipped_steps = skipped_steps
@@ -336,7 +336,7 @@ class Trainer:
         self._phase(f"rollback at step {step}")
         may = self.rollbacks < self.recipe.divergence.rollbacks
         self.saver.finish()  # what is read here is the newest that is committed
-        with self.as_exported():
+        with self.uncompiled():
             loaded = self.load() if may else None
         if loaded is None:
             why = "there is no checkpoint to go back to"
@@ -473,7 +473,7 @@ class Trainer:
         with self.clock.phase("checkpoint_stall"):
             self.engine.eval()
             row = self.batches.first_row(step + 1)
-            with self.as_exported():
+            with self.uncompiled():
                 logits = self.forward(row.input_ids, row.position_ids)
         self.saver.give_probe(logits, row)
 

@@ -29,7 +29,7 @@ def main(recipe_file: Path, out: Path, block_bytes: int, names: list[str]) -> No
     recipe = parse_recipe(read_mapping(recipe_file), str(recipe_file))
     plan = plan_run(recipe, ranks.world_size)
     keep_alive = distributed.zero_config(plan.deepspeed)
-    model, *_ = build_run_model(plan.recipe, plan.config, keep_alive, steps=1, on_gpu=False)
+    model, *_ = build_run_model(plan, keep_alive, on_gpu=False)
     engine = distributed.initialize_engine(model, build_optimizer(model, recipe.optimizer), plan.deepspeed)
     state = distributed.ShardedState(engine, ranks)
     readers: list[CheckpointReader] = []

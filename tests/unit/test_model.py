@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_checkpoint import make_model, make_tokenizer, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+import gpt.model
 from gpt import generate
 from gpt.model import (
     DTYPES,
@@ -20,6 +21,7 @@ from gpt.model import (
     build_model,
     check_weights,
     checkpoint_gradients,
+    choose_attention,
     count_parameters,
     decoder_layers,
     describe_model,
@@ -47,6 +49,23 @@ def refusal(tokenizer: PreTrainedTokenizerBase, sequence_length: int = 32, **fie
         config_of(tokenizer, sequence_length, **fields)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(("attention", "chosen"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_attention_is_the_recipes(tokenizer: PreTrainedTokenizerBase, attention: str, chosen: str) -> None:
+    config = config_of(tokenizer)
+    choose_attention(config, attention)
+    assert AutoModelForCausalLM.from_config(config).config._attn_implementation == chosen
+
+
+@pytest.mark.parametrize(("cuda", "lacks"), [(False, "a CUDA device"), (True, "the package flash-attn")])
+def test_flash_attention_where_it_cannot_be_had_is_refused(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, cuda: bool, lacks: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(gpt.model, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match=f"attention is flash_attention_2, but this host has not {lacks}"):
+        choose_attention(config_of(tokenizer), "flash_attention_2")
 
 
 # From scratch

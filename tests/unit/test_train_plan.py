@@ -205,15 +205,16 @@ def test_isolation_is_tried_only_where_rows_may_join_documents(
     trainer = SimpleNamespace(
         engine=SimpleNamespace(module=model, eval=model.eval),
         forward=forward,
+        uncompiled=nullcontext,
         ranks=SimpleNamespace(device="cpu"),
         owner=object(),
     )
     if checked:
         with pytest.raises(ValueError, match="LlamaForCausalLM with sdpa attention does not keep documents apart"):
-            _check_isolation(plan, trainer, nullcontext)
+            _check_isolation(plan, trainer)
         assert seen == [plan.batch.rows_per_forward] * 3
     else:
-        _check_isolation(plan, trainer, nullcontext)
+        _check_isolation(plan, trainer)
         assert seen == [] and capsys.readouterr().out == ""
 
 
