@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
-ORDER_VERSION = 1  # a change of anything below changes every training run's order: raise this number with it
+ORDER_VERSION = 1  # a change of anything below changes every training run's order: raise this number with it,
+BLOCK_ORDER_VERSION = 2  # or this one, where only `permute_in_blocks` changes
 ROUNDS = 6
 LANES = 8
 RUN_WINDOWS = 16
@@ -60,17 +61,18 @@ def permute(indices: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 def permute_in_blocks(indices: np.ndarray, n: int, window: int, key_of: Callable[..., np.ndarray]) -> np.ndarray:
     """Map distinct ``indices`` in ``[0, n)`` to distinct values in ``[0, n)``, as ``permute``, but with locality.
 
-    The values are cut into runs of at least 16 windows (where there are so many), and runs are dealt in permuted order
-    to 8 lanes, which take turns. A lane goes through its run window by window, forwards or backwards, and through each
-    window in permuted order. So at any time the values come from 8 windows, and what lies on a window's border is
-    needed again at once; only a run's borders are visited twice. The ``n`` % runs last values come last.
+    The values are cut into runs of at least 16 windows (or 8 shorter ones, where there are fewer than 128), and runs
+    are dealt in permuted order to 8 lanes, which take turns. A lane goes through its run window by window, forwards or
+    backwards, and through each window in permuted order. So at any time the values come from 8 windows, and what lies
+    on a window's border is needed again at once; only a run's borders are visited twice. The ``n`` % runs last values
+    come last.
 
     Args:
         window: how many values are mixed with one another; about as many as are fetched together.
         key_of: gives the round keys of a part of the epoch: ``order_key`` of its seed, source and epoch.
     """
     values = np.asarray(indices, dtype=np.uint64).astype(np.int64)
-    lanes = min(LANES, max(1, n // (window * RUN_WINDOWS)))
+    lanes = min(LANES, max(1, n // window))
     runs = lanes * max(1, n // (lanes * window * RUN_WINDOWS))
     length = n // runs
     result = values.copy()  # what is left over stays where it is

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline.mixture import PATTERN_SLOTS, Mixture, Stage
-from data_pipeline.order import ORDER_VERSION, order_key, permute, permute_in_blocks
+from data_pipeline.order import BLOCK_ORDER_VERSION, LANES, ORDER_VERSION, order_key, permute, permute_in_blocks
 from data_pipeline.packing import PackTable, cut_long_documents, pack_best_fit
 from data_pipeline.remote_blocks import RemoteOptions
 from data_pipeline.token_shards import BLOCK_BYTES, TokenShards
@@ -23,6 +23,8 @@ CACHED_BLOCKS = 8
 EPOCHS_TO_WARN = 4
 """Repeating data up to about so often is nearly as good as new data, beyond it gains fade: Muennighoff et al.,
 *Scaling Data-Constrained Language Models*, arXiv:2305.16264."""
+WINDOWS_HELD = 2 * LANES
+"""A source of so many windows is read as a whole however it is shuffled: 8 lanes would touch all of it at once."""
 ORDERS = ("auto", "full", "block")
 PACKINGS = ("concatenate", "best_fit")
 
@@ -197,6 +199,13 @@ def _open_samples(
     return samples
 
 
+def _window_of(samples: _TextSamples | _PackedSamples) -> int | None:
+    """Samples that the order in blocks mixes with one another; None where it shuffles all of them."""
+    if not isinstance(samples, _TextSamples) or samples.count <= WINDOWS_HELD * samples.samples_per_block:
+        return None
+    return samples.samples_per_block
+
+
 class TrainingStream:
     """All training samples in the order of a seed. Position p holds the same sample whoever asks, however often.
 
@@ -208,9 +217,10 @@ class TrainingStream:
         seed: of the order; the data and the fingerprint do not depend on it.
         stages: of a curriculum; their ends are positions. Empty: the sources' weights from beginning to end.
         packing: "concatenate" cuts the flat stream of a text source into rows; "best_fit" packs its documents.
-        order: "full" shuffles each source as a whole; "block" in windows of 8 MiB, see ``permute_in_blocks``, which
-            rows of packed documents do not know: they are shuffled as a whole. "auto": "block" where a source is at a
-            URL or on a network file system.
+        order: "full" shuffles each source as a whole; "block" in windows of 8 MiB, see ``permute_in_blocks``. As a
+            whole are shuffled all the same: rows of packed documents, whose order knows no windows, and a source of
+            at most 16 windows, which a rank can hold. "auto": "block" where a source is at a URL or on a network file
+            system.
         remote: how sources at URLs are read.
 
     Attributes:
@@ -218,6 +228,7 @@ class TrainingStream:
         give equal rows.
         sources, padding_ids: the directory of each source, and the token that fills its rows.
         kind: "text", "chat" or "mixed".
+        is_remote: whether a source is at a URL or on a network file system, so that reading it may wait.
         samples_per_epoch: of a single source; of several, the sum.
         may_join_documents: whether a row may hold tokens of several documents.
 
@@ -245,11 +256,9 @@ class TrainingStream:
         self._counts = np.array([samples.count for samples in self._samples], dtype=np.uint64)
         self._seed = seed
         self._sequence_length = sequence_length
-        in_blocks = order == "block" or (order == "auto" and any(shards.remote for shards in self._shards))
-        self._windows = [
-            samples.samples_per_block if in_blocks and isinstance(samples, _TextSamples) else None
-            for samples in self._samples
-        ]
+        self.is_remote: bool = any(shards.remote for shards in self._shards)
+        in_blocks = order == "block" or (order == "auto" and self.is_remote)
+        self._windows = [_window_of(samples) if in_blocks else None for samples in self._samples]
         self.sources: list[Path | str] = [shards.directory for shards in self._shards]
         self.padding_ids: list[int] = [_padding_id(shards) for shards in self._shards]
         kinds = {shards.kind for shards in self._shards}
@@ -266,7 +275,7 @@ class TrainingStream:
             sequence_length=sequence_length,
             **(many_stages if self._mixture.ends else one_stage),
             **({"packing": packing} if packing != "concatenate" and self.kind != "chat" else {}),
-            **({"windows": self._windows} if any(self._windows) else {}),
+            **({"windows": self._windows, "block_order": BLOCK_ORDER_VERSION} if any(self._windows) else {}),
         )
         self._blocks: dict[int, np.ndarray] = {}
         self._blocks_lock = threading.Lock()
@@ -400,6 +409,7 @@ class ValidationStream:
         self._shards = TokenShards(path, remote)
         self._samples = _open_samples(self._shards, sequence_length, padded=True)
         self.kind: str = self._shards.kind
+        self.is_remote: bool = self._shards.remote is not None
         self.number_of_samples: int = self._samples.count
         self.may_join_documents: bool = self._samples.may_join_documents
         self.tokenizer_sha256: str = self._shards.tokenizer_sha256

@@ -84,6 +84,12 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     training = open_training_data(recipe)
     place, remote = recipe.data.validation, RemoteOptions(**recipe.data.remote.model_dump())
     validation = ValidationStream(place, length, remote) if place is not None else None
+    hang_seconds = recipe.faults.hang_seconds
+    if (training.is_remote or (validation and validation.is_remote)) and remote.deadline_seconds >= hang_seconds:
+        raise ValueError(
+            f"data.remote.deadline_seconds is {remote.deadline_seconds:g}, but a run that waits faults.hang_seconds, "
+            f"{hang_seconds:g}, is taken for hung: make the deadline shorter"
+        )
     sha256 = tokenizer_fingerprint(Path(recipe.tokenizer))
     for name, stream in (("data.train", training), ("data.validation", validation)):
         if stream is not None and stream.tokenizer_sha256 != sha256:

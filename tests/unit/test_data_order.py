@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from data_pipeline.mixture import PATTERN_SLOTS, Mixture, Stage
-from data_pipeline.order import LANES, ORDER_VERSION, RUN_WINDOWS, order_key, permute, permute_in_blocks
+from data_pipeline.order import (
+    BLOCK_ORDER_VERSION,
+    LANES,
+    ORDER_VERSION,
+    RUN_WINDOWS,
+    order_key,
+    permute,
+    permute_in_blocks,
+)
 from data_pipeline.packing import cut_long_documents, pack_best_fit
 
 
@@ -35,8 +43,9 @@ def _all_in_blocks(n: int, window: int, seed: int = 0, epoch: int = 0) -> np.nda
     return permute_in_blocks(np.arange(n, dtype=np.uint64), n, window, functools.partial(order_key, seed, 0, epoch))
 
 
-def test_golden_vectors_in_blocks() -> None:
-    assert _all_in_blocks(10, 4).tolist() == [6, 7, 8, 9, 2, 3, 4, 5, 0, 1]
+def test_golden_vectors_in_blocks_of_version_2() -> None:
+    assert BLOCK_ORDER_VERSION == 2
+    assert _all_in_blocks(10, 4).tolist() == [8, 1, 9, 2, 7, 3, 6, 4, 5, 0]
     assert _all_in_blocks(600, 2, seed=3, epoch=1)[290:300].tolist() == [
         259,
         555,
@@ -74,6 +83,17 @@ def test_permutation_in_blocks_is_local_and_differs_by_epoch() -> None:
         np.corrcoef(np.arange(50 * RUN_WINDOWS), whole[lane::LANES][: 50 * RUN_WINDOWS])[0, 1] for lane in range(LANES)
     ]
     assert min(forwards) < -0.9 and max(forwards) > 0.9, "some runs go forwards, some backwards"
+
+
+@pytest.mark.parametrize("windows", [17, 40, 127])
+def test_few_windows_are_mixed_eight_at_a_time_too(windows: int) -> None:
+    window = 50
+    visited = _all_in_blocks(windows * window, window) // window
+    near = [len(set(visited[start : start + LANES * window // 2].tolist())) for start in range(0, visited.size, 13)]
+    assert np.mean(near) > 0.95 * LANES and max(near) <= 4 * LANES, "half a window of each lane"
+    turns = [visited[lane::LANES] for lane in range(LANES)]
+    visits = sum(len(set(lane.tolist())) for lane in turns)
+    assert visits <= windows + 2 * LANES, "only what lies on a border of a run is visited twice"
 
 
 def test_permutation_does_not_depend_on_how_it_is_asked() -> None:

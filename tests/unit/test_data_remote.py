@@ -88,6 +88,20 @@ def test_a_shuffle_of_everything_would_be_fetched_many_times(server: RangedServe
     assert server.bytes_sent > data_bytes(server.folder)
 
 
+def test_what_a_rank_can_hold_is_shuffled_as_a_whole(tmp_path: Path) -> None:
+    def order_of(blocks: float, order: str) -> tuple[str, list[int]]:
+        name = tmp_path / str(blocks)
+        if not name.exists():
+            write_shards(name, [2 + np.arange(int(blocks * BLOCK / 2)) % 900])
+        data = TrainingStream([(name, 1.0)], LENGTH, 7, order=order)
+        return data.fingerprint, data.sample_ids(0, data.samples_per_epoch).tolist()
+
+    assert order_of(2 * LANES, "block") == order_of(2 * LANES, "full")
+    fingerprint, ids = order_of(2 * LANES + 1.5, "block")
+    assert (fingerprint, ids) != order_of(2 * LANES + 1.5, "full")
+    assert fingerprint != order_of(2 * LANES + 1.5, "full")[0], "a run would go on in another order"
+
+
 def _rank(url: str, options: RemoteOptions, first: int, answer: "multiprocessing.Queue[np.ndarray]") -> None:
     data = TrainingStream([(url, 1.0)], LENGTH, 7, remote=options)
     answer.put(read_epoch(data, 6400, first, 2))

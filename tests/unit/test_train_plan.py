@@ -18,6 +18,7 @@ import yaml
 from recipe_samples import PreparedData, make_recipe
 from transformers import AutoTokenizer
 
+from data_pipeline import remote_blocks
 from gpt import distributed, preflight, train
 from gpt.evaluate import end_token_ids
 from gpt.model import tied_names
@@ -86,6 +87,19 @@ def test_a_launcher_checks_a_recipe_without_importing_models(prepared_data: Prep
     )
     done = subprocess.run([sys.executable, "-c", program, recipe], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_waiting_for_data_is_no_hang(
+    prepared_data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    changes = {"data.remote": {"deadline_seconds": 60}, "faults": {"hang_seconds": 60}}
+    recipe = recipe_for(prepared_data.text, tmp_path, changes)
+    plan_run(recipe, world_size=2)
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"host:/share {prepared_data.text / which} nfs4 rw 0 0\n", encoding="utf-8")
+    monkeypatch.setattr(remote_blocks, "MOUNTS", str(mounts))
+    assert "deadline_seconds is 60, but a run that waits faults.hang_seconds, 60, is taken for hung" in refusal(recipe)
 
 
 @pytest.mark.parametrize("which", ["data.train", "data.validation"])
