@@ -198,7 +198,12 @@ def hub_file(entry: str) -> SourceFile:
 
 
 def hub_dataset(file: SourceFile) -> Any:
-    """The streaming ``datasets.IterableDataset`` of a file made by ``hub_file``."""
+    """The streaming ``datasets.IterableDataset`` of a file made by ``hub_file``.
+
+    It promises less than a file: rows have no place at which reading could begin again, so that one worker reads them,
+    and what a kill or a lost connection interrupts is read from the first row. That suits small sets; of a large one
+    fetch the files. The revision is pinned, and training reads the shards, so that a run's order does not suffer.
+    """
     import datasets
 
     place, _, revision = file.name.removeprefix(HUB_PREFIX).rpartition("@")
