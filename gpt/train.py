@@ -318,11 +318,11 @@ def _run_claimed(
     state = distributed.ShardedState(engine, ranks, trained_only=recipe.lora is not None)
     torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
     heartbeat.progress("loading a checkpoint")
-    with uncompiled():
+    with uncompiled():  # a compilation of a shape that no step has takes seconds
         manifest = resume(plan, engine, state, ranks, owner)
+        output = output_layer(recipe, model, engine, ranks.device)
     resumed = manifest.step if manifest is not None else 0
     left_out, rollbacks = samples_left_out(manifest, owner)
-    output = output_layer(recipe, model, engine, ranks.device)
     peak = measure_matmul_flops(ranks.device, DTYPES[recipe.precision])
     metrics = _open_metrics(plan, owner, resumed, model, fused=output is not None)
     trainer = Trainer(
