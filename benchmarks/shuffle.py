@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.corpus import build_corpus  # noqa: E402
-from benchmarks.facts import describe, write_and_show  # noqa: E402
+from benchmarks.facts import describe, judge, write_and_show  # noqa: E402
 
 WORK = ROOT / "build" / "shuffle"
 SMALLER = 512
@@ -51,6 +51,7 @@ def main() -> None:
         facts["runs"] = list(pool.map(train, cases))
     shutil.rmtree(WORK)
     facts["summary"] = summarize(facts["runs"])
+    facts["targets"] = judge([])  # numbers without a bar
     rows = [
         (DOCUMENTS[row["documents"]], row["order"], f"{row['loss']:.4f}", f"{row['spread']:.4f}",
          f"{row['over_full']:+.4f}") for row in facts["summary"]
@@ -98,6 +99,7 @@ def train(case: tuple[int, str, str]) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**MODEL))
     data = stream.TrainingStream([(WORK / documents / "train", 1.0)], ROW_TOKENS, seed, order=order)
+    assert any("windows" in line for line in data.describe()) == (order == "block")
     steps = data.samples_per_epoch // BATCH_ROWS
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
