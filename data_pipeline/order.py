@@ -64,8 +64,9 @@ def permute_in_blocks(indices: np.ndarray, n: int, window: int, key_of: Callable
     The values are cut into runs of at least 16 windows (or 8 shorter ones, where there are fewer than 128), and runs
     are dealt in permuted order to 8 lanes, which take turns. A lane goes through its run window by window, forwards or
     backwards, and through each window in permuted order. So at any time the values come from 8 windows, and what lies
-    on a window's border is needed again at once; only a run's borders are visited twice. The ``n`` % runs last values
-    come last.
+    on a window's border is needed again at once; only a run's borders are visited twice. Not even these where there is
+    one run a lane: neighbours then go in opposite directions, and are at their common border at the same time. The
+    ``n`` % runs last values come last.
 
     Args:
         window: how many values are mixed with one another; about as many as are fetched together.
@@ -82,13 +83,14 @@ def permute_in_blocks(indices: np.ndarray, n: int, window: int, key_of: Callable
     run_of = permute(slot.astype(np.uint64), runs, key_of()).astype(np.int64)
     within = turn % length
     part = run_of << 32 | within // window
+    first_direction = int(key_of()[0])
     for which in set(part.tolist()):
         chosen = np.flatnonzero(part == which)
         run, number = which >> 32, which & 0xFFFFFFFF
         begin = number * window
         mixed = permute((within[chosen] - begin).astype(np.uint64), min(window, length - begin), key_of(run, number))
         place = begin + mixed.astype(np.int64)
-        backwards = int(key_of(run)[0]) & 1
+        backwards = (first_direction + run if runs == lanes else int(key_of(run)[0])) & 1
         result[dealt[chosen]] = run * length + (length - 1 - place if backwards else place)
     return result.astype(np.uint64)
 

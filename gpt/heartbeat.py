@@ -131,9 +131,9 @@ def read_beats(run: Path, generation: int) -> dict[int, Beat]:
 
 
 def last_seen(run: Path, generation: int) -> float | None:
-    """When a start before `generation` last gave a sign of life, in seconds since the epoch: by its heartbeats, its
-    metrics or its events. None where there is none."""
-    beats = [beat.time for beat in read_beats(run, generation - 1).values()]
+    """When the start `generation`, the last that wrote events, last gave a sign of life, in seconds since the epoch: by
+    its heartbeats, its metrics or its events. None where there is none."""
+    beats = [beat.time for beat in read_beats(run, generation).values()]
     files = [run / "metrics.jsonl", run / "events.jsonl"]
     return max(beats + [file.stat().st_mtime for file in files if file.exists()], default=None)
 

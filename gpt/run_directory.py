@@ -196,11 +196,16 @@ class RunDirectory:
         finally:
             temporary.unlink()
         self.generation = newest + 1
-        for old in (self.path / "heartbeats").glob("generation_*"):
-            if old.name < heartbeat_file(self.path, newest, 0).parent.name:  # the last start's say how it ended
-                shutil.rmtree(old, ignore_errors=True)
         if may_live:
             self._fence()
+
+    def remove_old_heartbeats(self) -> None:
+        """All but this start's and those of the one before, which say how it ended. Not before the event of this start
+        has kept when the run was last seen: a start that died without an event of its own had no use for them."""
+        before = heartbeat_file(self.path, self.generation - 1, 0).parent.name
+        for old in (self.path / "heartbeats").glob("generation_*"):
+            if old.name < before:
+                shutil.rmtree(old, ignore_errors=True)
 
     def check_ownership(self) -> None:
         """Before every commit and append. Raises SupersededError when a later start owns the directory."""

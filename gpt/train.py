@@ -429,7 +429,7 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
     remove_leftovers(owner.path)
     recipe = plan.recipe
     environment = describe_environment(world_size)
-    first = not owner.events("start")  # not by a file: a kill may have come between it and the event
+    starts = owner.events("start", "continue")  # not by a file: a kill may have come between it and the event
     owner.write_file("recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     owner.write_file("ds_config.json", json.dumps(plan.deepspeed, indent=2))
     owner.write_file("environment.json", json.dumps(environment, indent=2))
@@ -441,10 +441,12 @@ def _describe_run(plan: RunPlan, owner: Any, world_size: int) -> None:
         partial.rename(owner.path / "tokenizer")
     what = {"host": environment["host"], "world_size": world_size, "pid": os.getpid()}
     what |= {"total_steps": plan.schedule.total_steps}
-    if first:
+    if not starts:
         owner.write_event("start", **what)
     else:
-        owner.write_event("continue", **what, last_seen=last_seen(owner.path, owner.generation))
+        # the last start may be a later one, which died between its first heartbeat and its event
+        owner.write_event("continue", **what, last_seen=last_seen(owner.path, starts[-1]["generation"]))
+    owner.remove_old_heartbeats()
     for change in plan.changes:
         owner.write_event("recipe changed", change=change)
     print("\n".join(plan.describe()), flush=True)

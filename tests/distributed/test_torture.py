@@ -134,12 +134,11 @@ def check_accounts(events: list[dict[str, Any]], kills: list[tuple[float, int]])
         if event["event"] == "continue":
             seen = event["last_seen"]
             # the newest sign of life is at most a heartbeat older than the first kill that came in between, if one did;
-            # a start gives none before its ranks have met, nor do ranks that the launcher has started again. A start
-            # that is killed between its first sign and its event is known by the sign alone: so the last kill counts
+            # a start gives none before its ranks have met, nor do ranks that the launcher has started again
             again = any(e["event"] == "restart" and begun < e["time"] < event["time"] for e in events)
-            between = [killed for killed, _ in kills if begun < killed < event["time"]]
-            if between and not again:
-                assert seen < between[-1] + 0.5 and (ready is None or seen > between[0] - 6), (seen, between, ready)
+            first = next((killed for killed, _ in kills if begun < killed < event["time"]), None)
+            if first is not None and not again:
+                assert seen < first + 0.5 and (ready is None or seen > first - 6), (seen, first, ready)
             if ready is None:
                 starting += seen - begun
             else:

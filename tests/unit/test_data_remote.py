@@ -81,6 +81,17 @@ def test_an_epoch_equals_the_local_one_and_is_fetched_about_once(server: RangedS
     assert sum(kept) <= 60 * BLOCK
 
 
+@pytest.mark.parametrize("documents", [190, 420, 900])
+def test_few_blocks_are_fetched_once_through_a_cache_that_is_smaller(tmp_path: Path, documents: int) -> None:
+    folder = write_shards(tmp_path / "served", random_documents(documents, 500), shard_bytes=SHARD_BYTES)
+    whole, cached = data_bytes(folder), 16
+    with RangedServer(folder).serving() as served:
+        remote = TrainingStream([(served.url, 1.0)], LENGTH, 7, remote=options(tmp_path, cached))
+        assert any("windows" in line for line in remote.describe()) and whole > 1.4 * cached * BLOCK
+        read_epoch(remote, remote.samples_per_epoch)
+        assert whole * 0.99 < served.bytes_sent <= 1.1 * whole
+
+
 def test_a_shuffle_of_everything_would_be_fetched_many_times(server: RangedServer, tmp_path: Path) -> None:
     """What the order in blocks is for, and that the count above can fail."""
     remote = TrainingStream([(server.url, 1.0)], LENGTH, 7, order="full", remote=options(tmp_path))

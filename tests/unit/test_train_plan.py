@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from data_pipeline import remote_blocks
 from gpt import distributed, preflight, train
 from gpt.evaluate import end_token_ids
+from gpt.heartbeat import Heartbeat, read_beat
 from gpt.model import tied_names
 from gpt.optimizer import total_steps
 from gpt.recipe import Recipe
@@ -244,6 +245,26 @@ def test_a_start_that_was_killed_before_its_first_event_is_no_start(
     assert [event["event"] for event in owner.events("start", "continue")] == ["start", "continue"]
     [kept] = owner.events("tokenizer kept")
     assert kept["xxh3"] == tokenizer_checksums(prepared_data.text / "tokenizer") != {}
+
+
+def test_a_run_was_last_seen_in_the_last_start_that_wrote_events(prepared_data: PreparedData, tmp_path: Path) -> None:
+    plan = plan_run(recipe_for(prepared_data.text, tmp_path), 2)
+    run = plan.recipe.run_directory()
+    beats: list[float] = []
+    for describes in (True, False, True):  # the second start is killed between its first heartbeat and its event
+        owner = RunDirectory(run)
+        owner.claim()
+        Heartbeat(run, owner.generation, 0, 60.0).end()
+        beat = read_beat(run, owner.generation, 0)
+        assert beat is not None
+        beats.append(beat.time)
+        if describes:
+            _describe_run(plan, owner, 2)
+            os.utime(run / "events.jsonl", (0, 0))
+        assert read_beat(run, 1, 0) is not None or owner.generation == 3
+    assert owner.events("continue")[-1]["last_seen"] == beats[0] < beats[1]
+    kept = {folder.name for folder in (run / "heartbeats").iterdir()}
+    assert kept == {"generation_000002", "generation_000003"}, "of the start before, which says how it ended"
 
 
 @pytest.mark.parametrize(
