@@ -297,7 +297,7 @@ def judge(everyone: Sequence[Facts], clocks: Sequence[float | None], recipe: Rec
     return [
         *_judge_ranks(everyone),
         *_judge_same(everyone),
-        *_judge_each("recipe and data", [fact.problem for fact in everyone], everyone),
+        *_judge_recipe(everyone),
         *_judge_each("network", [fact.network for fact in everyone], everyone),
         *_judge_each("run directory", [fact.directory for fact in everyone], everyone),
         *_judge_clocks(everyone, clocks, min(recipe.faults.hang_seconds, recipe.faults.stale_seconds) / 4),
@@ -342,6 +342,14 @@ def _judge_same(everyone: Sequence[Facts]) -> list[Item]:
         for fact in everyone
     ]
     return items + _judge_each("data", data, everyone)
+
+
+def _judge_recipe(everyone: Sequence[Facts]) -> list[Item]:
+    """What does not fit; of one host without the ranks, which have the same recipe and files."""
+    name, problems = "recipe and data", [fact.problem for fact in everyone]
+    if any(problems) and len({fact.node for fact in everyone}) == 1:
+        return [Item(name, "failed", problem) for problem in dict.fromkeys(filter(None, problems))]
+    return _judge_each(name, problems, everyone)
 
 
 def _judge_each(name: str, problems: Sequence[str | None], everyone: Sequence[Facts]) -> list[Item]:

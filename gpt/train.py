@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from gpt.recipe import Recipe
 from gpt.recipe_file import parse_recipe
 from gpt.run_directory import InUseError, NotMetError, SupersededError, compare_recipes, stored_recipe
 from gpt.stop_requests import StopRequests
-
-if TYPE_CHECKING:  # takes two seconds, which a launcher that only checks a recipe need not wait
-    pass
 
 MEETING_SECONDS = 600.0
 """How long a rank waits for the others at the start, see launch/watch.py."""
@@ -140,8 +137,8 @@ def open_training_data(recipe: Recipe) -> TrainingStream:
 
 
 def check(recipe: Recipe, world_size: int) -> RunPlan:
-    """`plan_run`, a look at every data file, and at the budget for checkpoints. The launcher does it before it starts
-    processes; of a run on several hosts one rank of each, so that all of them hear what is wrong on one."""
+    """`plan_run`, a look at every data file, and at the budget for checkpoints. One rank of each host does it, so that
+    all hear what is wrong on one, and each start waits for one import of transformers only."""
     from gpt.checkpoint.retention import check_budget
 
     plan = plan_run(recipe, world_size)
@@ -203,7 +200,7 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
     from gpt.run_directory import RunDirectory
 
     faults = recipe.faults
-    plan, items = _look_before(recipe, all_files=False)
+    plan, items = _look_before(recipe)
     preflight.refuse(items)
     assert plan is not None
     ranks = distributed.start(max(1800.0, 2 * faults.hang_seconds))
@@ -244,15 +241,14 @@ def _failures_of_the_system() -> Iterator[None]:
         raise RuntimeError(f"the system failed the run: {error}") from error
 
 
-def _look_before(recipe: Recipe, *, all_files: bool) -> tuple[RunPlan | None, list[Any]]:
+def _look_before(recipe: Recipe) -> tuple[RunPlan | None, list[Any]]:
     """The plan, and what all ranks together found before they are a process group; without a plan it has failed."""
     from gpt import distributed, preflight
 
     meeting = distributed.Meeting(MEETING_SECONDS)
     plan = data = needs = problem = None
     try:
-        look_at_files = meeting.local_rank == 0 and (all_files or meeting.nodes > 1)  # else the launcher has done it
-        plan = (check if look_at_files else plan_run)(recipe, meeting.world_size)
+        plan = (check if meeting.local_rank == 0 else plan_run)(recipe, meeting.world_size)
         streams = [stream.fingerprint for stream in (plan.training, plan.validation) if stream is not None]
         data = ", ".join([*streams, tokenizer_fingerprint(Path(recipe.tokenizer))])
         if meeting.rank == 0:
@@ -282,7 +278,7 @@ def look(recipe: Recipe, report: Path) -> None:
     all-reduce. The first rank of each host writes the report."""
     from gpt import distributed, preflight
 
-    plan, items = _look_before(recipe, all_files=True)
+    plan, items = _look_before(recipe)
     if preflight.can_meet(items):
         ranks = distributed.start(MEETING_SECONDS)
         items += preflight.check_collectives(ranks, size_bytes=64 * 2**20, repetitions=3)

@@ -246,19 +246,15 @@ def train(
     from launch.environment import import_torch_quietly
 
     import_torch_quietly()
-    from gpt.train import check
     from launch.hub import fetch
     from launch.local import default_processes, run_workers
     from launch.log_folder import refusals_recorded
 
     resolved = fetch(resolved)
-
     if processes is None:
         processes, reason = default_processes()
         print(f"processes: {processes} ({reason})", flush=True)
     with refusals_recorded(resolved.run_directory()):
-        if nodes == 1:  # else the ranks do, so that the other hosts do not wait for one that was refused here
-            check(resolved, processes)
         code = run_workers(resolved, processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     raise typer.Exit(code)
 

@@ -18,8 +18,6 @@ def fetch(recipe: Recipe) -> Recipe:
     Raises:
         ValueError: something cannot be fetched, or has no safetensors weights; as `pin_base`.
     """
-    from gpt.lora import pin_base  # here, since it takes torch
-
     pretrained = recipe.model.pretrained
     if pretrained is not None and HUB_ID.fullmatch(pretrained) and not Path(pretrained).exists():
         folder = _snapshot(pretrained, "model.pretrained", WEIGHTS_PATTERNS)
@@ -30,6 +28,10 @@ def fetch(recipe: Recipe) -> Recipe:
     if recipe.tokenizer.startswith(HUB_PREFIX):
         name = recipe.tokenizer.removeprefix(HUB_PREFIX)
         recipe = recipe.model_copy(update={"tokenizer": str(_snapshot(name, "tokenizer", TOKENIZER_PATTERNS))})
+    if recipe.lora is None:
+        return recipe
+    from gpt.lora import pin_base  # here, since it takes transformers, for which each start would wait
+
     return pin_base(recipe)
 
 

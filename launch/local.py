@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -79,6 +80,7 @@ def run_workers(
     route = _find_route(processes, nodes, node_rank, rendezvous)
     ranks = range(node_rank * processes, (node_rank + 1) * processes)
     restarts = recipe.faults.restarts if nodes == 1 else 0
+    is_new = not recipe.run_directory().exists()
     with _stop_signals() as stop, _host_environment(route), contextlib.ExitStack() as stack:
         signs = None
         if route is not None and nodes > 1:
@@ -98,6 +100,8 @@ def run_workers(
                     signals = [number.name for number in stop.received]
                     details = {"exit_code": outcome.exit_code, "signals": signals, **outcome.details}
                     _record(recipe, stop.directory, outcome.event(), **details)
+                if is_new and nodes == 1 and outcome.details.get("failure") == "refused":
+                    _remove_if_only_logs(recipe.run_directory())
                 if not outcome.may_start_again or restart == restarts or stop.requested():
                     return outcome.exit_code
                 reason = outcome.details["reason"]
@@ -112,6 +116,13 @@ def run_workers(
                 _record(recipe, stop.directory, "failed", exit_code=128 + number, **details)
             return 128 + number
     raise AssertionError("the last start returns")
+
+
+def _remove_if_only_logs(run: Path) -> None:
+    """Take away what a refused start of a new run made: a mistake in a recipe leaves no run behind."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in run.iterdir()] == ["logs"]:
+            shutil.rmtree(run)
 
 
 def _make_log_directory(run: Path, restart: int, nodes: int) -> Path:

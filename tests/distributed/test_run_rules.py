@@ -53,7 +53,7 @@ def test_more_processes_than_sequences(runs: Runs) -> None:
     one = {"global_batch_tokens": 64, "micro_batch_sequences": 2, "steps": 20, "seed": 3}
     refused = runs.train("crowded", train=one, processes=2, check=False)
     assert refused.returncode == 1 and "2 processes but only 1 sequences" in refused.stderr
-    assert not runs.directory("crowded").exists()
+    assert not runs.directory("crowded").exists(), "a mistake in a recipe left a run behind"
 
 
 def test_lost_weights_stop_the_run_and_are_not_saved(runs: Runs) -> None:

@@ -64,6 +64,10 @@ def test_what_all_ranks_say_is_said_once() -> None:
     assert failed([facts(0, problem="bad"), facts(1, problem="bad")]) == ["recipe and data: all ranks: bad"]
 
 
+def test_of_one_host_no_rank_is_named() -> None:
+    assert failed([facts(0, problem="bad"), facts(1, node=0)]) == ["recipe and data: bad"]
+
+
 def test_all_that_failed_is_refused_together() -> None:
     items = judge([facts(0), facts(1, data="d2", network="no way")], (0.0, 90.0), make_recipe())
     with pytest.raises(ValueError, match=r"for 3 reasons:\n  data: .*\n  network: .*\n  clocks: .* host1 is \+90\.0 s"):
@@ -195,7 +199,7 @@ def test_an_error_of_any_kind_in_the_plan_is_told_to_the_other_ranks(
     monkeypatch.setattr(train, "plan_run", fail)
     monkeypatch.setattr(distributed, "Meeting", lambda s: SimpleNamespace(local_rank=1, nodes=2, rank=1, world_size=2))
     monkeypatch.setattr(preflight, "check_before", lambda meeting, recipe, problem, data, needs: [problem])
-    assert train._look_before(make_recipe(), all_files=True) == (None, ["RuntimeError: meta tensors have no data"])
+    assert train._look_before(make_recipe()) == (None, ["RuntimeError: meta tensors have no data"])
     assert "Traceback" in capsys.readouterr().err, "with the place, in the rank's log"
 
 

@@ -78,8 +78,18 @@ def test_a_metric_that_the_tokenizer_never_gives_is_refused(
     assert "evaluate.metric bits_per_byte is never computed with" in refusal(recipe)
 
 
-def test_a_launcher_checks_a_recipe_without_importing_models(prepared_data: PreparedData, tmp_path: Path) -> None:
+def test_a_launcher_starts_ranks_without_importing_transformers() -> None:
     """Each start waits for it, and it takes two seconds."""
+    program = (
+        "import sys, launch.local, launch.hub, launch.log_folder, gpt.recipe_file\n"
+        "sys.exit(', '.join(sys.modules.keys() & {'transformers', 'deepspeed'}) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_is_checked_without_importing_models(prepared_data: PreparedData, tmp_path: Path) -> None:
+    """Submitting waits for it, and it takes two seconds."""
     recipe = recipe_for(prepared_data.text, tmp_path).model_dump_json()
     program = (
         "import json, sys, launch.local, launch.hub; from gpt.train import check; from gpt.recipe_file import "
