@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,20 +220,44 @@ def flops_per_token(
     return 6.0 * matrix_parameters - 2.0 * beside_adapter + 6.0 * layers * hidden_size * sequence_length
 
 
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this process on square matrix products of the training dtype: the best of 1024 and 2048, each over at
-    least 0.15 s. All ranks measure at once, as they compute at once."""
+def measure_matmul_flops(
+    device: torch.device, dtype: torch.dtype, *, sizes: Sequence[int] = (256, 1024, 2048), seconds: float = 0.15
+) -> float:
+    """FLOP/s of this process on square matrix products of the training dtype: the best of the sizes, each over at least
+    so many seconds. All ranks measure at once, as they compute at once.
+
+    A larger size is left out where a product would take longer than half a second: where a processor has no
+    instructions for the type, 2048 takes 24.
+    """
     best = 0.0
     generator = torch.Generator(device).manual_seed(0)  # its own: the state of training's is part of a checkpoint
-    for size in (1024, 2048):
+    for size in sizes:
+        if best and 2.0 * size**3 / best > 0.5:
+            break
         a = torch.randn(size, size, device=device, dtype=torch.float32, generator=generator).to(dtype)
         _matmul(a, device)
         count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < 0.15:
+        while time.perf_counter() - start < seconds:
             _matmul(a, device)
             count += 1
         best = max(best, 2.0 * size**3 * count / (time.perf_counter() - start))
     return best
+
+
+def processor_flops(dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of this processor on small products of the dtype and on the same in fp32."""
+    asked, fp32 = (
+        measure_matmul_flops(torch.device("cpu"), measured, sizes=[256], seconds=0.03)
+        for measured in (dtype, torch.float32)
+    )
+    return asked, fp32
+
+
+def fast_precision() -> str:
+    """bf16, or fp32 on a processor (without a GPU) that computes bf16 at less than half the speed of fp32: one without
+    AVX-512 takes some fifty times as long."""
+    bf16, fp32 = (1.0, 1.0) if torch.cuda.is_available() else processor_flops(torch.bfloat16)
+    return "fp32" if bf16 < fp32 / 2 else "bf16"
 
 
 def _matmul(a: torch.Tensor, device: torch.device) -> None:

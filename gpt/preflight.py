@@ -22,6 +22,8 @@ import torch
 from gpt.checkpoint.format import SPARE_BYTES
 from gpt.checkpoint.retention import BYTES_PER_ELEMENT, WEIGHTS_BYTES_PER_ELEMENT, planned_checkpoints
 from gpt.distributed import Meeting, Ranks, gather_objects, timed_all_reduce
+from gpt.metrics import processor_flops
+from gpt.model import DTYPES
 from gpt.recipe import Recipe
 from gpt.run_directory import flatten, host_label, package_versions
 
@@ -153,6 +155,19 @@ def check_collectives(ranks: Ranks, size_bytes: int, repetitions: int) -> list[I
     return [Item("all-reduce", "passed", f"{size_bytes / 2**20:.0f} MiB right in {seconds * 1e3:.1f} ms{speed}")]
 
 
+def check_precision(precision: str) -> list[Item]:
+    """Whether the processor computes in that type about as fast as in fp32. Of a GPU nothing is said."""
+    if torch.cuda.is_available() or precision == "fp32":
+        return []
+    asked, fp32 = processor_flops(DTYPES[precision])
+    speeds = (
+        f"products of {precision} run at {asked / 1e9:,.1f} GFLOP/s on this processor, of fp32 at {fp32 / 1e9:,.1f}"
+    )
+    if asked < fp32 / 2:
+        return [Item("precision", "warning", f"{speeds}: with precision=fp32 this run takes a fraction of the time")]
+    return [Item("precision", "passed", speeds)]
+
+
 def refuse(items: Sequence[Item]) -> None:
     """Raise ValueError with all that failed."""
     failed = [str(item) for item in items if item.state == "failed"]
@@ -167,10 +182,10 @@ def can_meet(items: Sequence[Item]) -> bool:
     return not any(item.state == "failed" and item.name in ("ranks", "versions", "network") for item in items)
 
 
-def describe(items: Sequence[Item]) -> list[str]:
-    """The lines that a run prints at its start: its warnings, and how its ranks are connected."""
+def describe(items: Sequence[Item], ranks: int) -> list[str]:
+    """The lines that a run prints at its start: how its ranks are connected, where there are several, and warnings."""
     good = "; ".join(str(item) for item in items if item.state == "passed" and item.name in ("ranks", "all-reduce"))
-    return [good, *(f"warning: {item}" for item in items if item.state == "warning")]
+    return [good] * (ranks > 1) + [f"warning: {item}" for item in items if item.state == "warning"]
 
 
 # What a rank finds

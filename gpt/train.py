@@ -206,8 +206,9 @@ def run(recipe: Recipe, stop_requested: Callable[[], bool]) -> int | None:
     ranks = distributed.start(max(1800.0, 2 * faults.hang_seconds))
     items += preflight.check_collectives(ranks, size_bytes=4 * 2**20, repetitions=1)
     preflight.refuse(items)
-    if ranks.is_first and ranks.world_size > 1:
-        print("\n".join(preflight.describe(items)), flush=True)
+    if ranks.is_first:
+        for line in preflight.describe(items, ranks.world_size):
+            print(line, flush=True)
     owner = RunDirectory(recipe.run_directory()) if ranks.is_first else None
     refusal = None
     if owner is not None:
@@ -258,7 +259,8 @@ def _look_before(recipe: Recipe) -> tuple[RunPlan | None, list[Any]]:
     except Exception as error:  # the other ranks would wait for this one
         traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
-    return plan, preflight.check_before(meeting, recipe, problem, data, needs)
+    items = preflight.check_before(meeting, recipe, problem, data, needs)
+    return plan, items + (preflight.check_precision(recipe.precision) if plan is not None else [])
 
 
 def _needs(plan: RunPlan, world_size: int) -> Any:

@@ -24,11 +24,14 @@ chat=data_pipeline/embedded/chat/english
   --input $chat/greetings.jsonl --input $chat/humor.jsonl --input $chat/psychology.jsonl --format chat \
   --tokenizer data/quickstart/shakespeare/tokenizer --validation-fraction 0.05 --out data/quickstart/chat
 
-say "Pretrain on Shakespeare (3 to 4 minutes)"
-"$trainyard" train launch/recipes/quickstart_pretrain.yaml --processes 2
+# bf16, but on processors that have no instructions for it, as many laptops'
+precision="$(.venv/bin/python -c 'from gpt.metrics import fast_precision; print(fast_precision())')"
+
+say "Pretrain on Shakespeare in $precision (3 to 4 minutes)"
+"$trainyard" train launch/recipes/quickstart_pretrain.yaml precision="$precision" --processes 2
 
 say "Fine-tune on the conversations (1 to 2 minutes)"
-"$trainyard" train launch/recipes/quickstart_chat.yaml --processes 2
+"$trainyard" train launch/recipes/quickstart_chat.yaml precision="$precision" --processes 2
 
 say "Evaluate the pretrained model on the two kept plays"
 "$trainyard" evaluate runs/quickstart-pretrain --data data/quickstart/shakespeare/validation

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+import gpt.metrics
 from gpt.metrics import (
     MetricsWriter,
     Record,
@@ -269,3 +270,19 @@ def test_what_a_full_disk_did_not_take_is_written_later_once(
     assert [record["step"] for record in lines(run)] == [1, 2, 3, 4, 5, 6]
     shown = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
     assert [(scalar.step, scalar.value) for scalar in shown] == [(step, float(step)) for step in range(1, 7)]
+
+
+def test_measuring_a_type_that_the_processor_has_no_instructions_for_takes_no_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, clock = [], 0.0
+
+    def multiply(a: torch.Tensor, device: torch.device) -> None:
+        nonlocal clock
+        sizes.append(len(a))
+        clock += 2.0 * len(a) ** 3 / 0.7e9
+
+    monkeypatch.setattr(gpt.metrics, "_matmul", multiply)
+    monkeypatch.setattr(gpt.metrics.time, "perf_counter", lambda: clock)
+    assert measure_matmul_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(0.7e9)
+    assert set(sizes) == {256} and clock < 0.3

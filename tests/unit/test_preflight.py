@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from recipe_samples import make_recipe
 
-from gpt import distributed, preflight, train
+from gpt import distributed, metrics, preflight, train
 from gpt.preflight import Facts, Item, Needs, can_meet, describe, judge, judge_disk, judge_memory, refuse
 
 GIB = 2**30
@@ -82,10 +83,23 @@ def test_small_skews_and_crowded_cores_are_warnings() -> None:
     refuse(items)
     threads, clocks = sorted((str(item) for item in items if item.state == "warning"), reverse=True)
     assert threads.startswith("threads: host0 has 2 cores for 3 threads") and "4.0 s" in clocks
-    assert [line for line in describe(items) if line.startswith("warning: ")] == [
-        f"warning: {clocks}",
-        f"warning: {threads}",
-    ]
+    assert describe(items, ranks=1) == [f"warning: {clocks}", f"warning: {threads}"]
+    assert describe(items, ranks=2) == ["ranks: 2 on 2 hosts", f"warning: {clocks}", f"warning: {threads}"]
+
+
+@pytest.mark.parametrize(("bf16", "state", "precision"), [(0.7e9, "warning", "fp32"), (80e9, "passed", "bf16")])
+def test_a_processor_that_is_slow_with_bf16_is_told(
+    monkeypatch: pytest.MonkeyPatch, bf16: float, state: str, precision: str
+) -> None:
+    speeds = {torch.bfloat16: bf16, torch.float32: 50e9}
+    monkeypatch.setattr(metrics, "measure_matmul_flops", lambda device, dtype, **_: speeds[dtype])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [item] = preflight.check_precision("bf16")
+    assert item.state == state and f"products of bf16 run at {bf16 / 1e9:.1f} GFLOP/s" in item.message
+    assert preflight.check_precision("fp32") == []
+    assert metrics.fast_precision() == precision
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert preflight.check_precision("bf16") == [] and metrics.fast_precision() == "bf16"
 
 
 def test_clocks_are_those_of_hosts() -> None:
