@@ -14,7 +14,7 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-pytest=(.venv/bin/python -m pytest "${tier[@]}")
+pytest=(.venv/bin/python -m pytest --durations 25 --durations-min 10 "${tier[@]}")
 if [ $# -gt 0 ]; then
   exec "${pytest[@]}" "$@"
 fi
