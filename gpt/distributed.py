@@ -146,8 +146,19 @@ def mark_leaf_modules(model: torch.nn.Module, layers: Sequence[torch.nn.Module])
 
 def initialize_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     """The DeepSpeed engine around model and optimizer."""
+    _import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed asks each optimizer whether it is its Muon, whose module imports torch's whole compiler to decorate a
+    function: two seconds of every start, for an optimizer that no recipe has."""
+    if "TORCHDYNAMO_DISABLE" not in os.environ:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the decorator reads it
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+        del os.environ["TORCHDYNAMO_DISABLE"]
 
 
 def watch_collectives(clock: PhaseClock) -> None:

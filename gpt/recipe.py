@@ -405,8 +405,8 @@ class Recipe(Section):
     """The optimizer and its schedule."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations in the forward and backward pass. Master weights, moments and the accumulation of
-    gradients are fp32 in each. Processors without AVX-512 are some fifty times slower with bf16 and fp16 than with fp32:
-    a start that finds it says so."""
+    gradients are fp32 in each. Processors without AVX-512 are some fifty times slower with bf16 and fp16 than with
+    fp32: a start that finds it says so."""
     gradient_checkpointing: GradientCheckpointing | None = None
     """Recompute activations to save memory. null: off."""
     deepspeed: str = "ds_configs/zero3.json"
