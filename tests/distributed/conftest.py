@@ -14,6 +14,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="session")
 def reference(runs: Runs) -> Runs:
-    """The uninterrupted run `reference`: 2 ranks, 20 steps, bf16, accumulation, steps 4 and 5 traced."""
+    """The uninterrupted run `reference`: 2 ranks, 20 steps, accumulation, steps 4 and 5 traced."""
     runs.train("reference", profile={"steps": [4, 5]})
     return runs

@@ -24,7 +24,7 @@ def slow(descriptor):
     fsync(descriptor)
 def late(thread):
     if thread.name == "checkpoint":
-        time.sleep(0.4)  # before the copy: the next update must wait for it
+        time.sleep(0.8)  # before the copy: the next update must wait for it
     run(thread)
 os.fsync, threading.Thread.run = slow, late
 """
@@ -56,7 +56,7 @@ def test_a_kill_in_the_middle_of_a_save(reference: Runs, tmp_path: Path, monkeyp
     [begun, committed] = [events(live, kind)[0]["time"] for kind in ("begun", "committed")]
     assert committed - begun > 1.4, "the disk was not slow, so that nothing was tested"
     stall = metrics[7]["performance/checkpoint_stall_seconds"]
-    assert 0.3 < stall < 1, "step 7 waits for the copy, which begins late, but not for the disk"
+    assert 0.3 < stall < 1.4, "step 7 waits for the copy, which begins late, but not for the disk"
     assert metrics[8]["checkpoint/seconds_since_commit"] > metrics[2]["checkpoint/seconds_since_commit"]
     done = reference.train("killed-saving", **often)
     assert "resumed at step 6" in done.stdout and "PASS" in done.stdout

@@ -232,7 +232,7 @@ def test_frozen_parameters_and_buffers(base: Runs, number: int) -> None:
         assert torch.equal(exported.get_parameter(entry.name), after.read_tensor(entry.name)), entry.name
 
 
-def test_a_frozen_pattern_that_matches_nothing_is_refused_before_any_rank_starts(runs: Runs) -> None:
+def test_a_frozen_pattern_that_matches_nothing_is_refused_and_leaves_nothing(runs: Runs) -> None:
     done = runs.train("frozen-nothing", model={"config": LLAMA, "frozen": ["model.embed.weight"]}, check=False)
     assert done.returncode == 1
     assert "no parameter matches 'model.embed.weight'; near: model.embed_tokens.weight" in done.stderr
