@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole story on this machine: raw text -> tokenizer and token shards -> pretraining on 2 processes with ZeRO-3 ->
-# fine-tuning on chat -> evaluation -> export -> three answers. 4 to 6 minutes on 2 cores after the installation.
+# fine-tuning on chat -> evaluation -> export -> three answers. 4 to 6 minutes on 2 cores after the installation, 10 on those
+# without AVX-512.
 # A second call reuses the environment and the prepared data, and trains anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,7 +28,7 @@ chat=data_pipeline/embedded/chat/english
 # bf16, but on processors that have no instructions for it, as many laptops'
 precision="$(.venv/bin/python -c 'from gpt.metrics import fast_precision; print(fast_precision())')"
 
-say "Pretrain on Shakespeare in $precision (3 to 4 minutes)"
+say "Pretrain on Shakespeare in $precision (3 to 6 minutes)"
 "$trainyard" train launch/recipes/quickstart_pretrain.yaml precision="$precision" --processes 2
 
 say "Fine-tune on the conversations (1 to 2 minutes)"
