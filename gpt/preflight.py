@@ -156,7 +156,7 @@ def check_collectives(ranks: Ranks, size_bytes: int, repetitions: int) -> list[I
 
 
 def check_precision(precision: str) -> list[Item]:
-    """Whether the processor computes in that type about as fast as in fp32. Of a GPU nothing is said."""
+    """Whether this host's processor computes in that type about as fast as in fp32. Of a GPU nothing is said."""
     if torch.cuda.is_available() or precision == "fp32":
         return []
     asked, fp32 = processor_flops(DTYPES[precision])

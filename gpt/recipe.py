@@ -405,7 +405,7 @@ class Recipe(Section):
     """The optimizer and its schedule."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations in the forward and backward pass. Master weights, moments and the accumulation of
-    gradients are fp32 in each. Processors without AVX-512 are some fifty times slower with bf16 and fp16 than with
+    gradients are fp32 in each. Processors without AVX-512 may be tens of times slower with bf16 and fp16 than with
     fp32: a start that finds it says so."""
     gradient_checkpointing: GradientCheckpointing | None = None
     """Recompute activations to save memory. null: off."""

@@ -63,7 +63,7 @@ def run_workers(
     their hosts must start together, which is the scheduler's task.
 
     Args:
-        recipe: resolved; the workers get it through the environment variable TRAINYARD_RECIPE.
+        recipe: resolved; the workers get it in TRAINYARD_RECIPE.
         processes: workers on this host; the same number on every host.
         nodes: hosts of the run.
         node_rank: this host's number, 0 to nodes - 1. Ranks are numbered by it, and host 0 holds the meeting point.
@@ -80,7 +80,7 @@ def run_workers(
     route = _find_route(processes, nodes, node_rank, rendezvous)
     ranks = range(node_rank * processes, (node_rank + 1) * processes)
     restarts = recipe.faults.restarts if nodes == 1 else 0
-    is_new = not recipe.run_directory().exists()
+    is_new = nodes == 1 and not recipe.run_directory().exists()
     with _stop_signals() as stop, _host_environment(route), contextlib.ExitStack() as stack:
         signs = None
         if route is not None and nodes > 1:
@@ -97,11 +97,9 @@ def run_workers(
                 config = _launch_config(recipe, processes, nodes, node_rank, route)
                 outcome = _run_group(recipe, config, ranks, stop.directory, signs)
                 if outcome.exit_code:
-                    signals = [number.name for number in stop.received]
-                    details = {"exit_code": outcome.exit_code, "signals": signals, **outcome.details}
-                    _record(recipe, stop.directory, outcome.event(), **details)
-                if is_new and nodes == 1 and outcome.details.get("failure") == "refused":
-                    _remove_if_only_logs(recipe.run_directory())
+                    _record_end(recipe, stop, outcome)
+                if is_new and outcome.details.get("failure") == "refused":
+                    _remove_new_run(recipe.run_directory(), stop.directory)
                 if not outcome.may_start_again or restart == restarts or stop.requested():
                     return outcome.exit_code
                 reason = outcome.details["reason"]
@@ -118,11 +116,14 @@ def run_workers(
     raise AssertionError("the last start returns")
 
 
-def _remove_if_only_logs(run: Path) -> None:
-    """Take away what a refused start of a new run made: a mistake in a recipe leaves no run behind."""
+def _remove_new_run(run: Path, logs: Path) -> None:
+    """Take away what a refused start of a new run made, where nothing else is there: a mistake in a recipe leaves no
+    run behind."""
     with contextlib.suppress(OSError):
-        if [path.name for path in run.iterdir()] == ["logs"]:
-            shutil.rmtree(run)
+        if [*run.iterdir()] == [logs.parent] and [*logs.parent.iterdir()] == [logs]:
+            shutil.rmtree(logs)
+            logs.parent.rmdir()  # not if another start has come meanwhile
+            run.rmdir()
 
 
 def _make_log_directory(run: Path, restart: int, nodes: int) -> Path:
@@ -212,6 +213,14 @@ def _record(recipe: "Recipe", logs: Path, event: str, **details: Any) -> None:
                 owner.write_event(event, **details)
                 return
         record_outcome(logs, event, **details)
+
+
+def _record_end(recipe: "Recipe", stop: "_Stop", outcome: _Outcome) -> None:
+    """Keep why a start did not come to its end."""
+    assert stop.directory is not None
+    signals = [number.name for number in stop.received]
+    details = {"exit_code": outcome.exit_code, "signals": signals, **outcome.details}
+    _record(recipe, stop.directory, outcome.event(), **details)
 
 
 def _find_route(processes: int, nodes: int, node_rank: int, rendezvous: str | None) -> Route | None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story on this machine: raw text -> tokenizer and token shards -> pretraining on 2 processes with ZeRO-3 ->
-# fine-tuning on chat -> evaluation -> export -> three answers. 4 to 6 minutes on 2 cores after the installation, 10 on those
+# fine-tuning on chat -> evaluation -> export -> three answers. 4 to 6 minutes on 2 cores after the installation, 10 on two
 # without AVX-512.
 # A second call reuses the environment and the prepared data, and trains anew.
 set -euo pipefail

@@ -78,11 +78,23 @@ def test_a_metric_that_the_tokenizer_never_gives_is_refused(
     assert "evaluate.metric bits_per_byte is never computed with" in refusal(recipe)
 
 
-def test_a_launcher_starts_ranks_without_importing_transformers() -> None:
+def test_a_launcher_starts_ranks_without_importing_transformers(prepared_data: PreparedData, tmp_path: Path) -> None:
     """Each start waits for it, and it takes two seconds."""
+    recipe = recipe_for(prepared_data.text, tmp_path).model_dump_json()
     program = (
-        "import sys, launch.local, launch.hub, launch.log_folder, gpt.recipe_file\n"
+        "import json, sys, launch.log_folder; from launch import hub, local; from gpt.recipe_file import parse_recipe\n"
+        "hub.fetch(parse_recipe(json.loads(sys.argv[1]), 'here')); local.default_processes()\n"
         "sys.exit(', '.join(sys.modules.keys() & {'transformers', 'deepspeed'}) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, recipe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_does_not_import_the_compiler_for_muon() -> None:
+    program = (
+        "import os, sys; from gpt import distributed; distributed._import_muon_uncompiled()\n"
+        "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules and 'TORCHDYNAMO_DISABLE' not in os.environ"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
