@@ -1,35 +1,56 @@
-"""`trainyard` as a process that is forked from the tests' own, which has imported torch and transformers already.
+"""`trainyard` as a process that is forked from the tests' own, which has imported torch, transformers and deepspeed
+already, and its ranks as forks of that process.
 
-The imports of the launcher take 4 s of a processor, and the tests start it more than a hundred times. Its workers are
-started by it as always: by a new interpreter each.
+The imports of a launcher and two ranks take 4 and 2 x 7 s of a processor, and the tests start some two hundred runs. A
+forked rank is a process like any other: in a session of its own, with its own files, environment and process group, and
+it ends by the same signals. What only a new interpreter does (the allocator's variables, a planted sitecustomize.py)
+has its tests with `interpreters`; the runs of tests/integration and tests/slurm have no forks at all.
 """
 
+import contextlib
+import gc
+import importlib
 import logging
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
-import gpt.train  # noqa: F401  here, so that a fork has it
-import launch.local  # noqa: F401
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from transformers import trainer_utils  # noqa: F401  which imports peft
+from transformers.models.gpt2 import modeling_gpt2  # noqa: F401  the models of the tests' runs
+from transformers.models.llama import modeling_llama  # noqa: F401
+
+import gpt
+import launch.local
+from gpt import checkpoint, train
+from gpt.stop_requests import SIGNALS
 from launch import cli
+
+for package in (gpt, checkpoint):  # a rank imports some of them late; a fork has them
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+gc.freeze()  # a fork's collections would go through, and copy, all that was imported
 
 
 class Forked:
-    """A command under way, in a session of its own, with what the tests need of `subprocess.Popen`."""
+    """A process under way that does `main`, in a session of its own, with what users of `subprocess.Popen` need."""
 
-    def __init__(self, arguments: list[str], *, cwd: Path, output: IO[str], errors: IO[str], env: Mapping[str, str]):
+    def __init__(
+        self, main: Callable[[], Any], arguments: list[str], *, output: IO[str], errors: IO[str], env: Mapping[str, str]
+    ):
         self.returncode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
-            _become(arguments, cwd, output.fileno(), errors.fileno(), env)
+            _become(main, arguments, output.fileno(), errors.fileno(), env)
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -51,28 +72,63 @@ class Forked:
         return code
 
 
-def _become(arguments: list[str], cwd: Path, output: int, errors: int, env: Mapping[str, str]) -> NoReturn:
-    """In the child: the command with its own files, folder and environment. It never comes back to the tests."""
+def fork_trainyard(
+    arguments: list[str], *, cwd: Path, output: IO[str], errors: IO[str], env: Mapping[str, str], interpreters: bool
+) -> Forked:
+    """The command `trainyard`; with `interpreters` its ranks are new interpreters, as a user's are."""
+
+    def main() -> None:
+        os.chdir(cwd)
+        if not interpreters:
+            SubprocessHandler._popen = _fork_rank  # type: ignore[method-assign]
+        cli.main()
+
+    return Forked(main, ["trainyard", *arguments], output=output, errors=errors, env=env)
+
+
+def _fork_rank(handler: Any, command: tuple[str, ...], env: dict[str, str]) -> Forked:
+    """In the place of torchrun's agent's own way to start a process."""
+    python, *options, module = command[:4]
+    assert (python, options, module) == (sys.executable, ["-P", "-m"], launch.local.WORKER_MODULE), command
+
+    def main() -> None:
+        Path("/proc/self/comm").write_text(rank_name(int(env["RANK"])), encoding="ascii")
+        train.main()
+
+    return Forked(main, [module, *command[4:]], output=handler._stdout, errors=handler._stderr, env=env)
+
+
+def rank_name(rank: int) -> str:
+    """What the system calls the process of a rank that was forked."""
+    return f"rank {rank}"
+
+
+def _become(
+    main: Callable[[], Any], arguments: list[str], output: int, errors: int, env: Mapping[str, str]
+) -> NoReturn:
+    """In the child: `main` with its own files and environment. It never comes back to the parent's code."""
     code = 1
     try:
         os.setsid()
-        os.chdir(cwd)
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (output, 1), (errors, 2)):
             os.dup2(source, target)
+        for number in (*SIGNALS, signal.SIGQUIT):  # the parent's handlers
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
         os.environ.clear()
         os.environ.update(env)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
         logging.root.handlers.clear()  # the tests' own
-        sys.argv = ["trainyard", *arguments]
+        sys.argv = arguments
         try:
-            cli.main()
+            main()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
     finally:
         os._exit(code)

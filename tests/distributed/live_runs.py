@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import yaml
-from forked import Forked
+from forked import Forked, fork_trainyard, rank_name
 
 from gpt.metrics import fast_precision
 
@@ -65,7 +65,7 @@ def run_interpreter(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
 
 def run_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = Forked([*arguments], cwd=cwd, output=output, errors=errors, env=environment())
+        process = fork([*arguments], cwd=cwd, output=output, errors=errors)
         try:
             code = process.wait(timeout=300)
         except subprocess.TimeoutExpired:
@@ -74,6 +74,18 @@ def run_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         output.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())
+
+
+def fork(arguments: list[str], *, cwd: Path, output: IO[str], errors: IO[str], interpreters: bool = False) -> Forked:
+    """Begin a command. A planted sitecustomize.py needs new interpreters for the ranks."""
+    return fork_trainyard(
+        arguments,
+        cwd=cwd,
+        output=output,
+        errors=errors,
+        env=environment(),
+        interpreters=interpreters or "PLANTED" in os.environ,
+    )
 
 
 def environment() -> dict[str, str]:
@@ -151,10 +163,11 @@ class Runs:
         processes: int = 2,
         log: str = "",
         prefix: Sequence[str] = (),
+        interpreters: bool = False,
         **changes: Any,
     ) -> "Live":
         """Begin a run in its own process group; `log` names its output where a run is started more than once, `prefix`
-        is a command that starts the one behind it."""
+        is a command that starts the one behind it, `interpreters` makes its ranks new interpreters, not forks."""
         recipe = self.write_recipe(name, **changes)
         log_file = self.folder / f"{name}{log}.log"
         words = ["train", str(recipe), "--processes", str(processes), *arguments]
@@ -169,7 +182,7 @@ class Runs:
                     start_new_session=True,
                 )
                 if prefix
-                else Forked(words, cwd=self.folder, output=output, errors=output, env=environment())
+                else fork(words, cwd=self.folder, output=output, errors=output, interpreters=interpreters)
             )
         return Live(process, self.directory(name), log_file)
 
@@ -201,7 +214,10 @@ class Live:
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the ranks, once the launcher has started them."""
         children = psutil.Process(self.process.pid).children()
-        return {int(child.environ()["RANK"]): child for child in children}
+        own = {
+            rank_name(rank): rank for rank in range(len(children))
+        }  # a fork's environment is its parent's, to others
+        return {own[c.name()] if c.name() in own else int(c.environ()["RANK"]): c for c in children}
 
     def kill(self) -> None:
         """SIGKILL to the launcher and all workers at once, as a lost node looks."""

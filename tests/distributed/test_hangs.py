@@ -30,7 +30,7 @@ def end_of(live: Live, seconds: float) -> float:
 
 @pytest.mark.full
 def test_a_stopped_rank_is_named_and_all_are_ended(runs: Runs) -> None:
-    live = runs.start("hangs", train=LONG, faults=faults(restarts=0))
+    live = runs.start("hangs", interpreters=True, train=LONG, faults=faults(restarts=0))
     live.wait_until(lambda: live.last_step() > 2)
     ranks = live.ranks()
     ranks[1].suspend()
@@ -63,7 +63,7 @@ def test_hosts_end_their_ranks_and_name_the_rank_of_another(runs: Runs) -> None:
         place = f"127.0.0.1:{probe.getsockname()[1]}"
     hosts = [
         runs.start("two-hosts", "--nodes", "2", "--node-rank", str(node), "--rendezvous", place, processes=1,
-                   log=f"-{node}", train=LONG, faults=faults(restarts=2))
+                   log=f"-{node}", interpreters=True, train=LONG, faults=faults(restarts=2))
         for node in (0, 1)
     ]  # fmt: skip
     hosts[0].wait_until(lambda: hosts[0].last_step() > 2)

@@ -46,7 +46,7 @@ def test_a_killed_group_goes_on_by_itself(reference: Runs) -> None:
 
 @pytest.mark.full
 def test_a_stopped_group_goes_on_by_itself(reference: Runs) -> None:
-    live = reference.start("hung", faults={"hang_seconds": 10, "restarts": 2})
+    live = reference.start("hung", interpreters=True, faults={"hang_seconds": 10, "restarts": 2})
     live.wait_until(lambda: live.last_step() > 10 and live.has_checkpoint(10))
     live.ranks()[1].suspend()
     assert live.process.wait(timeout=180) == 0, live.log.read_text()

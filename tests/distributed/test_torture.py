@@ -45,8 +45,9 @@ class Torturer:
         """Of each kill of everything: when, and the last step that metrics.jsonl then had."""
 
     def torture(self, mode: str) -> None:
-        """One start and its end by SIGKILL."""
-        live = self.runs.start("tortured", log=f"-{len(self.kills)}", **self.settings)
+        """One start and its end by SIGKILL; the ranks of every fifth are new interpreters, as a user's are."""
+        number = len(self.kills)
+        live = self.runs.start("tortured", log=f"-{number}", interpreters=number % 5 == 0, **self.settings)
         committed = list_checkpoints(self.folder)
         try:
             getattr(self, mode)(live)
@@ -58,7 +59,7 @@ class Torturer:
         assert not list_checkpoints(self.folder) or max(list_checkpoints(self.folder)) >= newest, "a commit is gone"
 
     def starting(self, live: Live) -> None:
-        time.sleep(self.random.uniform(0, 10))
+        time.sleep(self.random.uniform(0, 8))
 
     def step(self, live: Live) -> None:
         target = live.last_step() + self.random.randint(1, STEPS_A_KILL)

@@ -179,8 +179,9 @@ def _assert_equal_for_texts(folder: Path, light: bool = True) -> None:
     }
     lengths = [token_byte_lengths(tokenizer) for tokenizer in (ours, theirs)]
     assert np.array_equal(*lengths) if lengths[0] is not None else lengths[1] is None
+    encoders = [plain_text_encoder(tokenizer) for tokenizer in (ours, theirs)]
     for text in [*ODD_TEXTS[1:], *(text[:500] for text in difficult_texts(special_token_texts(theirs)[:20]))]:
-        ids = [plain_text_encoder(tokenizer).encode(text, add_special_tokens=False).ids for tokenizer in (ours, theirs)]
+        ids = [encoder.encode(text, add_special_tokens=False).ids for encoder in encoders]
         assert ids[0] == ids[1], text[:80]
 
 

@@ -35,6 +35,7 @@ def test_its_accuracy_is_ours(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    monkeypatch.chdir(tmp_path)  # datasets looks through the whole present folder for files
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     lines = [json.loads(line) for line in QUESTIONS.read_text("utf-8").splitlines()]
     lines = [line for line in lines if max(map(len, [line["question"], *line["options"]])) < 60]
