@@ -10,6 +10,7 @@ has its tests with `interpreters`; the runs of tests/integration and tests/slurm
 import contextlib
 import gc
 import importlib
+import json
 import logging
 import os
 import pkgutil
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from planted import plant
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from transformers import trainer_utils  # noqa: F401  which imports peft
 from transformers.models.gpt2 import modeling_gpt2  # noqa: F401  the models of the tests' runs
@@ -93,6 +95,8 @@ def _fork_rank(handler: Any, command: tuple[str, ...], env: dict[str, str]) -> F
 
     def main() -> None:
         Path("/proc/self/comm").write_text(rank_name(int(env["RANK"])), encoding="ascii")
+        if "PLANT" in env:
+            plant(**json.loads(env["PLANT"]))
         train.main()
 
     return Forked(main, [module, *command[4:]], output=handler._stdout, errors=handler._stderr, env=env)

@@ -1,30 +1,38 @@
-"""`trainyard` with a fault planted: python planted.py COMMAND …, the environment variable PLANT says what and where.
-
-PLANT is JSON: `kind` is "nan" (the output of MODULE) or "spike" (the logits are turned round), `samples` the positions
-in the data order at which it happens, in training. Its ranks are this same file: the product knows nothing of it.
-"""
+"""A fault planted in the ranks of a run: its tests set the environment variable PLANT to the arguments of `plant`, as
+JSON, and forked ranks follow it. The product knows nothing of it."""
 
 import json
 import os
-import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+
+import gpt.run_model
+from data_pipeline.stream import TrainingStream
 
 MODULE = "model.layers.1.mlp"
 
 
-def plant(kind: str, samples: set[int]) -> None:
-    """Change the model that `gpt.train` builds: sequences that came from the planted positions are known by content."""
-    import gpt.model
-    from data_pipeline.stream import TrainingStream
+@contextmanager
+def planted(kind: str, samples: list[int]) -> Iterator[None]:
+    """Runs that begin meanwhile have the fault: `kind` is "nan" (the output of MODULE) or "spike" (the logits are
+    turned round), `samples` the positions in the data order at which it happens, in training."""
+    with mock.patch.dict(os.environ, PLANT=json.dumps({"kind": kind, "samples": samples})):
+        yield
 
-    plain_rows, plain_build = TrainingStream.rows, gpt.model.build_model
+
+def plant(kind: str, samples: list[int]) -> None:
+    """Change the model that this process builds: sequences from the planted positions are known by their content."""
+    plain_rows, plain_build = TrainingStream.rows, gpt.run_model.build_model
+    chosen = set(samples)
     marked: set[bytes] = set()
 
     def rows(self: TrainingStream, positions: range) -> Any:
         result = plain_rows(self, positions)
-        marked.update(result.input_ids[p - positions.start].tobytes() for p in positions if p in samples)
+        marked.update(result.input_ids[p - positions.start].tobytes() for p in positions if p in chosen)
         return result
 
     def build_model(*arguments: Any) -> Any:
@@ -48,17 +56,4 @@ def plant(kind: str, samples: set[int]) -> None:
         return model
 
     TrainingStream.rows = rows  # type: ignore[method-assign]
-    gpt.model.build_model = build_model
-
-
-if __name__ == "__main__":
-    if "RANK" in os.environ:
-        content = json.loads(os.environ["PLANT"])
-        plant(content["kind"], set(content["samples"]))
-        runpy.run_module("gpt.train", run_name="__main__")
-    else:
-        import launch.local
-        from launch.cli import main
-
-        launch.local.WORKER_MODULE = "planted"
-        main()
+    gpt.run_model.build_model = build_model

@@ -1,14 +1,14 @@
 """Numbers that are not finite, and losses that jump: real runs with a fault planted in some samples."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_runs import GPT2_WITH_DROPOUT, PROJECT, Live, Runs, environment
+from live_runs import GPT2_WITH_DROPOUT, Runs, environment
+from planted import planted
 from test_resume import assert_same_run
 
 from gpt.checkpoint.format import read_manifest
@@ -26,24 +26,10 @@ def batch_of(*steps: int) -> list[int]:
     return [(step - 1) * SEQUENCES + i for step in steps for i in range(SEQUENCES)]
 
 
-def planted_environment(kind: str, samples: list[int]) -> dict[str, str]:
-    path = f"{PROJECT}{os.pathsep}{HERE}"
-    return {**environment(), "PYTHONPATH": path, "PLANT": json.dumps({"kind": kind, "samples": samples})}
-
-
-def train(
-    runs: Runs, name: str, kind: str, samples: list[int], processes: int = 2, **changes: Any
-) -> subprocess.CompletedProcess[str]:
-    """`trainyard train` through the real launcher, with the fault planted."""
-    recipe = runs.write_recipe(name, **changes)
-    return subprocess.run(
-        [sys.executable, str(HERE / "planted.py"), "train", str(recipe), "--processes", str(processes)],
-        cwd=runs.folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=planted_environment(kind, samples),
-    )
+def train(runs: Runs, name: str, kind: str, samples: list[int], processes: int = 2, **changes: Any) -> Any:
+    """`trainyard train` with the fault planted."""
+    with planted(kind, samples):
+        return runs.train(name, processes=processes, check=False, **changes)
 
 
 def run_that_never_sees(
@@ -141,17 +127,8 @@ def test_a_spike_rolls_the_run_back_and_a_resume_keeps_the_skip(runs: Runs) -> N
     assert (back["step"], back["steps_lost"]) == (10, 6) and "the loss is" in back["reason"]
     assert_same_run(runs, "spike", "spike-unseen")
     # killed after the rollback and before the next checkpoint: only events.jsonl knows of the skip
-    recipe = runs.write_recipe("spike-killed", **settings)
-    with (runs.folder / "spike-killed.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "planted.py"), "train", str(recipe), "--processes", "2"],
-            cwd=runs.folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=planted_environment("spike", plants),
-            start_new_session=True,
-        )
-    live = Live(process, runs.directory("spike-killed"), runs.folder / "spike-killed.log")
+    with planted("spike", plants):
+        live = runs.start("spike-killed", **settings)
     live.wait_until(lambda: "goes back" in live.log.read_text() and live.last_step() in range(12, 19))
     live.kill()
     done = train(runs, "spike-killed", "spike", plants, **settings)
