@@ -90,10 +90,7 @@ def run_workers(
             for restart in range(restarts + 1):
                 stop.directory = _make_log_directory(recipe.run_directory(), restart, nodes)
                 if stop.received:  # while no worker was there to hear of it
-                    print("trainyard: stopped on request; the same command goes on from there", file=sys.stderr)
-                    reason = "stopped on request while no rank ran"
-                    _record(recipe, stop.directory, "stopped", exit_code=STOPPED_EXIT_CODE, reason=reason)
-                    return STOPPED_EXIT_CODE
+                    return _stop_without_workers(recipe, stop.directory)
                 config = _launch_config(recipe, processes, nodes, node_rank, route)
                 outcome = _run_group(recipe, config, ranks, stop.directory, signs)
                 if outcome.exit_code:
@@ -114,6 +111,13 @@ def run_workers(
                 _record(recipe, stop.directory, "failed", exit_code=128 + number, **details)
             return 128 + number
     raise AssertionError("the last start returns")
+
+
+def _stop_without_workers(recipe: "Recipe", logs: Path) -> int:
+    print("trainyard: stopped on request; the same command goes on from there", file=sys.stderr)
+    reason = "stopped on request while no rank ran"
+    _record(recipe, logs, "stopped", exit_code=STOPPED_EXIT_CODE, reason=reason)
+    return STOPPED_EXIT_CODE
 
 
 def _remove_new_run(run: Path, logs: Path) -> None:
