@@ -41,7 +41,7 @@ GPT2_WITH_DROPOUT = {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head":
 
 def trainyard(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
-    run = run_forked if arguments[0] == "train" else run_interpreter
+    run = run_forked if arguments[0] in ("train", "tune") else run_interpreter
     done = run(*arguments, cwd=cwd)
     assert not check or done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
     return done

@@ -16,7 +16,7 @@ from test_resume import assert_same_run
 from gpt.checkpoint.format import list_checkpoints
 from gpt.goodput import account
 
-STEPS_A_KILL = 12
+STEPS_A_KILL = 6
 DISK_BYTES = 48 * 2**20
 MODES = ("starting", "step", "step", "saving", "saving", "rank", "disk")
 
@@ -43,11 +43,15 @@ class Torturer:
         self.folder = runs.directory("tortured")
         self.kills: list[tuple[float, int]] = []
         """Of each kill of everything: when, and the last step that metrics.jsonl then had."""
+        self.starting_seconds = 0.0
+        """About as long as the present start takes to its first step."""
 
     def torture(self, mode: str) -> None:
         """One start and its end by SIGKILL; the ranks of every fifth are new interpreters, as a user's are."""
         number = len(self.kills)
-        live = self.runs.start("tortured", log=f"-{number}", interpreters=number % 5 == 0, **self.settings)
+        interpreters = number % 5 == 0
+        self.starting_seconds = 10.0 if interpreters else 4.0
+        live = self.runs.start("tortured", log=f"-{number}", interpreters=interpreters, **self.settings)
         committed = list_checkpoints(self.folder)
         try:
             getattr(self, mode)(live)
@@ -59,7 +63,7 @@ class Torturer:
         assert not list_checkpoints(self.folder) or max(list_checkpoints(self.folder)) >= newest, "a commit is gone"
 
     def starting(self, live: Live) -> None:
-        time.sleep(self.random.uniform(0, 8))
+        time.sleep(self.random.uniform(0, self.starting_seconds))
 
     def step(self, live: Live) -> None:
         target = live.last_step() + self.random.randint(1, STEPS_A_KILL)
@@ -78,7 +82,7 @@ class Torturer:
         time.sleep(self.random.uniform(0, 0.3))
         self.random.choice(live.ranks()).kill()
         live.wait_until(lambda: self._count("restart") > restarts)
-        time.sleep(self.random.uniform(0, 8))
+        time.sleep(self.random.uniform(0, self.starting_seconds))
 
     def disk(self, live: Live) -> None:
         """No room for a checkpoint: saves fail, training goes on."""
