@@ -1,5 +1,6 @@
 """What a model scores on the questions of a task: options and labels by likelihood, greedy answers by metrics."""
 
+import copy
 import importlib.util
 import re
 from collections import Counter
@@ -112,11 +113,10 @@ def score_multiple_choice(
     """
     encoder = _encoder(model, tokenizer, task)
     encoded = [_encode_options(encoder, tokenizer, task, question) for question in questions]
-    rows = [(ids, begin) for options, begin in encoded for ids in options]
-    likelihoods = iter(_log_likelihoods(model, rows, progress))
+    likelihoods = _log_likelihoods(model, encoded, progress)
     plain, per_byte, predictions, ties = [], [], [], 0
-    for question in questions:
-        sums = np.array([next(likelihoods) for _ in question.options])
+    for question, found in zip(questions, likelihoods, strict=True):
+        sums = np.array(found)
         _require_numbers(question, sums)
         right = question.options.index(question.answers[0])
         sizes = np.array([len(option.encode()) for option in question.options])
@@ -161,8 +161,7 @@ def score_classification(
     else:
         encoded = [_encode_options(encoder, tokenizer, task, question, encoder.closing) for question in questions]
         _refuse_beginnings(task, encoded[0][0])
-        rows = [(ids, begin) for options, begin in encoded for ids in options]
-        sums = np.array(_log_likelihoods(model, rows, progress)).reshape(len(questions), len(task.labels))
+        sums = np.array(_log_likelihoods(model, encoded, progress))
         for question, row in zip(questions, sums, strict=True):
             _require_numbers(question, row)
         found = sums.argmax(axis=1).tolist()
@@ -274,7 +273,7 @@ def _greedy(
     """The most likely answer to each question, cut off at `stop`."""
     encoded = [_at(question, encoder.encode, _prompt(encoder, question)) for question in questions]
     first = encoded[0]
-    _require_numbers(questions[0], np.array(_log_likelihoods(model, [(first + first[-1:], len(first))], None)))
+    _require_numbers(questions[0], np.array(_log_likelihoods(model, [([first + first[-1:]], len(first))], None)))
     # else transformers adds the folder's own repetition_penalty and the like, and not the likeliest token is taken
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     sampling = Sampling(task.max_new_tokens)
@@ -388,27 +387,62 @@ def _encode_options(
 
 
 @torch.no_grad()
-def _log_likelihoods(model: Any, rows: Sequence[tuple[list[int], int]], progress: Progress | None) -> list[float]:
-    """Of each row (token ids, how many are not scored): the log-likelihood of its scored tokens, in nats."""
-    device = input_device(model)
-    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    sums = [0.0] * len(rows)
+def _log_likelihoods(
+    model: Any, encoded: Sequence[tuple[list[list[int]], int]], progress: Progress | None
+) -> list[list[float]]:
+    """Of each question (its rows of token ids, and how many of their first tokens these share, which are not scored):
+    the log-likelihood of the scored tokens of each row, in nats.
+
+    What the rows share goes through the model once, which is most of them where prompts are long; its keys and values
+    then stand before what is left of each row. Questions that share equally many are taken together, so that nothing
+    comes between the two.
+    """
+    sums = [[0.0] * len(rows) for rows, _ in encoded]
+    waiting = sorted(range(len(encoded)), key=lambda i: encoded[i][1])
+    done, total = 0, sum(map(len, sums))
     while waiting:
-        width = len(rows[waiting[-1]][0])
-        batch = [waiting.pop() for _ in range(min(len(waiting), max(1, TOKENS_PER_FORWARD // width)))]
-        ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(batch):
-            length = len(rows[index][0])
-            ids[row, :length], mask[row, :length] = torch.tensor(rows[index][0]), 1
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        for row, index in enumerate(batch):
-            tokens, begin = rows[index]
-            scored = logits[row, begin - 1 : len(tokens) - 1].float().log_softmax(-1).cpu()
-            sums[index] = float(scored.gather(1, ids[row, begin : len(tokens), None]).sum())
+        begin = encoded[waiting[-1]][1]
+        batch: list[int] = []
+        while waiting and encoded[waiting[-1]][1] == begin and len(batch) < max(1, TOKENS_PER_FORWARD // begin):
+            batch.append(waiting.pop())
+        _add_likelihoods(model, [encoded[i][0] for i in batch], begin, [sums[i] for i in batch])
+        done += sum(len(sums[i]) for i in batch)
         if progress is not None:
-            progress(len(rows) - len(waiting), len(rows))
+            progress(done, total)
     return sums
+
+
+def _add_likelihoods(model: Any, questions: list[list[list[int]]], begin: int, sums: list[list[float]]) -> None:
+    """`_log_likelihoods` of questions whose rows share their first `begin` tokens, added to `sums`."""
+    device = input_device(model)
+    kept, shared = 0, None
+    if not model._is_stateful:  # of a recurrent model transformers does not go on from a state with several tokens
+        ids = torch.tensor([rows[0][:begin] for rows in questions], device=device)
+        kept, shared = begin, model(input_ids=ids, use_cache=True)
+        first = shared.logits[:, -1].float().log_softmax(-1).cpu()
+        for scores, rows, logs in zip(sums, questions, first, strict=True):
+            scores[:] = [float(logs[row[begin]]) if len(row) > begin else 0.0 for row in rows]
+    scored = begin - kept + bool(kept)  # the first token behind `kept` whose prediction is still to be looked at
+    places = [(q, r) for q, rows in enumerate(questions) for r, row in enumerate(rows) if len(row) - kept > scored]
+    waiting = sorted(places, key=lambda place: len(questions[place[0]][place[1]]))
+    while waiting:
+        q, r = waiting[-1]
+        width = len(questions[q][r]) - kept
+        chunk = [waiting.pop() for _ in range(min(len(waiting), max(1, TOKENS_PER_FORWARD // (kept + width))))]
+        ids = torch.zeros(len(chunk), width, dtype=torch.int64)
+        for row, (q, r) in enumerate(chunk):
+            rest = questions[q][r][kept:]
+            ids[row, : len(rest)] = torch.tensor(rest)
+        known = None
+        if shared is not None:
+            known = copy.deepcopy(shared.past_key_values)
+            known.reorder_cache(torch.tensor([q for q, _ in chunk], device=device))
+        # no token looks at one behind it, so what fills a row up needs no mask
+        logits = model(input_ids=ids.to(device), past_key_values=known, use_cache=known is not None).logits
+        for row, (q, r) in enumerate(chunk):
+            end = len(questions[q][r]) - kept
+            logs = logits[row, scored - 1 : end - 1].float().log_softmax(-1).cpu()
+            sums[q][r] += float(logs.gather(1, ids[row, scored:end, None]).sum())
 
 
 def _credit(scores: np.ndarray, right: int) -> float:

@@ -106,6 +106,39 @@ def merging_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("mixtral", {}),
+        ("mistral", {"sliding_window": 4}),
+        ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("mamba", {}),
+    ],
+)
+@torch.no_grad()
+def test_what_rows_share_goes_through_the_model_once_and_changes_nothing(name: str, fields: dict[str, Any]) -> None:
+    """Longer than a window, beside questions that share as much and others, and rows that are scored not at all. A
+    recurrent model's rows go through it whole."""
+    model, dice = make_model(name, **fields), np.random.default_rng(0)
+    shapes = [(9, [1, 4, 7]), (9, [2, 2]), (3, [6, 0]), (12, [1]), (1, [5, 3, 1])]
+    questions = []
+    for begin, lengths in shapes:
+        shared = dice.integers(0, 256, begin).tolist()
+        questions.append(([shared + dice.integers(0, 256, length).tolist() for length in lengths], begin))
+    taken: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: taken.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    found = scores._log_likelihoods(model, questions, None)
+    hook.remove()
+    for (rows, begin), sums in zip(questions, found, strict=True):
+        assert sums == pytest.approx([log_likelihood(model, row, begin) for row in rows], rel=1e-4)
+    whole = sum(len(row) for rows, _ in questions for row in rows)
+    assert (sum(taken) < whole) == (name != "mamba"), (sum(taken), whole)
+
+
 @torch.no_grad()
 def test_an_option_that_merges_with_the_prompts_end_has_the_same_condition_as_the_others(tmp_path: Path) -> None:
     """ "ab" + "c" are the tokens a, bc; "ab" + "d" are a, b, d: both are scored behind "a"."""
