@@ -1,7 +1,6 @@
 """An HTTP server of a folder on loopback that understands ranges, counts what it gives and fails as it is told."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -113,14 +112,20 @@ class RangedServer(Counting):
                 server.shutdown()
                 thread.join()
 
-    def away_for(self, seconds: float) -> threading.Thread:
-        """Be back after some seconds, until the thread that is given is joined; it serves for as long again."""
+    @contextmanager
+    def away_for(self, seconds: float) -> Iterator[None]:
+        """While inside, be back after some seconds."""
+        ended = threading.Event()
 
         def back() -> None:
-            time.sleep(seconds)
-            with self.serving():
-                time.sleep(seconds)
+            if not ended.wait(seconds):
+                with self.serving():
+                    ended.wait()
 
         thread = threading.Thread(target=back)
         thread.start()
-        return thread
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()

@@ -208,12 +208,11 @@ def test_errors_and_a_server_that_is_away_are_waited_for(
     assert one_block.requests.count("manifest.json") == 3
     with RangedServer(one_block.folder).serving() as other:
         shards = TokenShards(other.url, options(tmp_path))
-    thread = other.away_for(3)
-    began = time.monotonic()
-    assert shards.read(0, 998).tolist() == list(range(2, 1000))
-    assert 2.5 < time.monotonic() - began < 15
+    with other.away_for(3):
+        began = time.monotonic()
+        assert shards.read(0, 998).tolist() == list(range(2, 1000))
+        assert 2.5 < time.monotonic() - began < 15
     assert f"{other.url}/u-00000-000.sums cannot be read" in capsys.readouterr().out
-    thread.join()
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,8 @@ def test_a_server_that_was_away_is_waited_for(server: RangedServer, monkeypatch:
     """Also where nothing but its size was asked for: of that fsspec says that the file is not there."""
     with RangedServer(server.folder).serving() as other:
         pass
-    thread = other.away_for(1)
-    assert texts(f"{other.url}/a.jsonl") == TEXTS
-    thread.join()
+    with other.away_for(1):
+        assert texts(f"{other.url}/a.jsonl") == TEXTS
     monkeypatch.setattr(remote_files, "DEADLINE_SECONDS", 1.0)
     with pytest.raises(OSError, match=r"a\.jsonl could not be read for \d seconds .*keeps the units that are done"):
         texts(f"{other.url}/a.jsonl")
