@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gpt.generate import PromptEncoder, Sampling, answer_batch, input_device
 from gpt.task import (
@@ -29,6 +30,8 @@ from gpt.task import (
 TOKENS_PER_FORWARD = 1024
 """Of padded rows: their logits, with a vocabulary of 50,000, are 200 MB in fp32."""
 ROWS_PER_FORWARD = 8
+KEYS_AND_VALUES = {DynamicLayer, DynamicSlidingWindowLayer}
+"""What a cache is made of that holds nothing else. Subclasses of these, and of the cache itself, hold states, too."""
 RESAMPLES = 1000
 LEAD_SENTENCES = 3
 LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge1": "rouge_score", "rouge2": "rouge_score"}
@@ -399,50 +402,66 @@ def _log_likelihoods(
     """
     sums = [[0.0] * len(rows) for rows, _ in encoded]
     waiting = sorted(range(len(encoded)), key=lambda i: encoded[i][1])
+    goes_on = _goes_on_from_keys(model, encoded[0][0][0][0])
     done, total = 0, sum(map(len, sums))
     while waiting:
         begin = encoded[waiting[-1]][1]
         batch: list[int] = []
         while waiting and encoded[waiting[-1]][1] == begin and len(batch) < max(1, TOKENS_PER_FORWARD // begin):
             batch.append(waiting.pop())
-        _add_likelihoods(model, [encoded[i][0] for i in batch], begin, [sums[i] for i in batch])
-        done += sum(len(sums[i]) for i in batch)
+        questions = [encoded[i][0] for i in batch]
+        shared = None
+        if goes_on:
+            ids = torch.tensor([rows[0][:begin] for rows in questions], device=input_device(model))
+            shared = model(input_ids=ids, use_cache=True)
+        for i, found in zip(batch, _likelihoods_behind(model, questions, begin, shared), strict=True):
+            sums[i] = found
+        done += sum(map(len, questions))
         if progress is not None:
             progress(done, total)
     return sums
 
 
-def _add_likelihoods(model: Any, questions: list[list[list[int]]], begin: int, sums: list[list[float]]) -> None:
-    """`_log_likelihoods` of questions whose rows share their first `begin` tokens, added to `sums`."""
-    device = input_device(model)
-    kept, shared = 0, None
-    if not model._is_stateful:  # of a recurrent model transformers does not go on from a state with several tokens
-        ids = torch.tensor([rows[0][:begin] for rows in questions], device=device)
-        kept, shared = begin, model(input_ids=ids, use_cache=True)
-        first = shared.logits[:, -1].float().log_softmax(-1).cpu()
-        for scores, rows, logs in zip(sums, questions, first, strict=True):
-            scores[:] = [float(logs[row[begin]]) if len(row) > begin else 0.0 for row in rows]
-    scored = begin - kept + bool(kept)  # the first token behind `kept` whose prediction is still to be looked at
-    places = [(q, r) for q, rows in enumerate(questions) for r, row in enumerate(rows) if len(row) - kept > scored]
+def _goes_on_from_keys(model: Any, token: int) -> bool:
+    """Whether all that the model keeps of a text are keys and values. From the state of a recurrent or convolutional
+    layer transformers does not go on with several tokens, without a word, and some models keep nothing."""
+    given = model(input_ids=torch.tensor([[token]], device=input_device(model)), use_cache=True)
+    kept = getattr(given, "past_key_values", None)
+    return type(kept) is DynamicCache and {type(layer) for layer in kept.layers} <= KEYS_AND_VALUES
+
+
+def _likelihoods_behind(model: Any, questions: list[list[list[int]]], begin: int, shared: Any) -> list[list[float]]:
+    """`_log_likelihoods` of questions whose rows share their first `begin` tokens; `shared` is what the model gave for
+    these, a row a question, or None, where it takes each row whole."""
+    device, kept = input_device(model), 0 if shared is None else begin
+    sums = [[0.0] * len(rows) for rows in questions]
+    if shared is not None:  # its last logits are of the first token that is scored
+        last = shared.logits[:, -1].float().log_softmax(-1).cpu()
+        sums = [
+            [float(logs[row[begin]]) if len(row) > begin else 0.0 for row in rows]
+            for rows, logs in zip(questions, last, strict=True)
+        ]
+    next_scored = begin if shared is None else begin + 1
+    places = [(q, r) for q, rows in enumerate(questions) for r, row in enumerate(rows) if len(row) > next_scored]
     waiting = sorted(places, key=lambda place: len(questions[place[0]][place[1]]))
     while waiting:
-        q, r = waiting[-1]
-        width = len(questions[q][r]) - kept
-        chunk = [waiting.pop() for _ in range(min(len(waiting), max(1, TOKENS_PER_FORWARD // (kept + width))))]
-        ids = torch.zeros(len(chunk), width, dtype=torch.int64)
+        longest = len(questions[waiting[-1][0]][waiting[-1][1]])
+        chunk = [waiting.pop() for _ in range(min(len(waiting), max(1, TOKENS_PER_FORWARD // longest)))]
+        ids = torch.zeros(len(chunk), longest, dtype=torch.int64)
         for row, (q, r) in enumerate(chunk):
-            rest = questions[q][r][kept:]
-            ids[row, : len(rest)] = torch.tensor(rest)
-        known = None
+            ids[row, : len(questions[q][r])] = torch.tensor(questions[q][r])
+        cache: dict[str, Any] = {"use_cache": False}
         if shared is not None:
             known = copy.deepcopy(shared.past_key_values)
             known.reorder_cache(torch.tensor([q for q, _ in chunk], device=device))
+            cache = {"use_cache": True, "past_key_values": known}
         # no token looks at one behind it, so what fills a row up needs no mask
-        logits = model(input_ids=ids.to(device), past_key_values=known, use_cache=known is not None).logits
+        logits = model(input_ids=ids[:, kept:].to(device), **cache).logits
         for row, (q, r) in enumerate(chunk):
-            end = len(questions[q][r]) - kept
-            logs = logits[row, scored - 1 : end - 1].float().log_softmax(-1).cpu()
-            sums[q][r] += float(logs.gather(1, ids[row, scored:end, None]).sum())
+            end = len(questions[q][r])
+            logs = logits[row, next_scored - 1 - kept : end - 1 - kept].float().log_softmax(-1).cpu()
+            sums[q][r] += float(logs.gather(1, ids[row, next_scored:end, None]).sum())
+    return sums
 
 
 def _credit(scores: np.ndarray, right: int) -> float:

@@ -1,10 +1,10 @@
 """`trainyard` as a process that is forked from the tests' own, which has imported torch, transformers and deepspeed
 already, and its ranks as forks of that process.
 
-The imports of a launcher and two ranks take 4 and 2 x 7 s of a processor, and the tests start some two hundred runs. A
-forked rank is a process like any other: in a session of its own, with its own files, environment and process group, and
-it ends by the same signals. What only a new interpreter does (the allocator's variables, a planted sitecustomize.py)
-has its tests with `interpreters`; the runs of tests/integration and tests/slurm have no forks at all.
+Their imports take seconds of a processor at each start. A forked rank is a process like any other: in a session of its
+own, with its own files, environment and process group, and it ends by the same signals. What only a new interpreter has
+(its environment for others to read, which the watch for hangs does, and a planted sitecustomize.py) takes
+`interpreters`; the runs of tests/integration and tests/slurm have no forks at all.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import psutil
 from planted import plant
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from transformers import trainer_utils  # noqa: F401  which imports peft
@@ -75,9 +76,18 @@ class Forked:
 
 
 def fork_trainyard(
-    arguments: list[str], *, cwd: Path, output: IO[str], errors: IO[str], env: Mapping[str, str], interpreters: bool
+    arguments: list[str],
+    *,
+    cwd: Path,
+    output: IO[str],
+    errors: IO[str],
+    env: Mapping[str, str],
+    interpreters: bool = False,
 ) -> Forked:
-    """The command `trainyard`; with `interpreters` its ranks are new interpreters, as a user's are."""
+    """The command `trainyard`; with `interpreters` its ranks are new interpreters, as a user's are, and where a
+    sitecustomize.py is planted."""
+    interpreters = interpreters or "SITECUSTOMIZE" in env
+    assert not (interpreters and "PLANTED_FAULT" in env), "a new interpreter knows nothing of a planted fault"
 
     def main() -> None:
         os.chdir(cwd)
@@ -94,17 +104,18 @@ def _fork_rank(handler: Any, command: tuple[str, ...], env: dict[str, str]) -> F
     assert (python, options, module) == (sys.executable, ["-P", "-m"], launch.local.WORKER_MODULE), command
 
     def main() -> None:
-        Path("/proc/self/comm").write_text(rank_name(int(env["RANK"])), encoding="ascii")
-        if "PLANT" in env:
-            plant(**json.loads(env["PLANT"]))
+        Path("/proc/self/comm").write_text(f"rank {env['RANK']}", encoding="ascii")  # for `rank_of`
+        if "PLANTED_FAULT" in env:
+            plant(**json.loads(env["PLANTED_FAULT"]))
         train.main()
 
     return Forked(main, [module, *command[4:]], output=handler._stdout, errors=handler._stderr, env=env)
 
 
-def rank_name(rank: int) -> str:
-    """What the system calls the process of a rank that was forked."""
-    return f"rank {rank}"
+def rank_of(process: psutil.Process) -> int:
+    """The rank that a process of a run is. A fork's environment is, to others, that of the process it comes from."""
+    name = str(process.name())
+    return int(name.removeprefix("rank ")) if name.startswith("rank ") else int(process.environ()["RANK"])
 
 
 def _become(

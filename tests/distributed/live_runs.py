@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import yaml
-from forked import Forked, fork_trainyard, rank_name
+from forked import Forked, fork_trainyard, rank_of
 
 from gpt.metrics import fast_precision
 
@@ -65,7 +65,7 @@ def run_interpreter(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
 
 def run_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = fork([*arguments], cwd=cwd, output=output, errors=errors)
+        process = fork_trainyard([*arguments], cwd=cwd, output=output, errors=errors, env=environment())
         try:
             code = process.wait(timeout=300)
         except subprocess.TimeoutExpired:
@@ -76,21 +76,9 @@ def run_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())
 
 
-def fork(arguments: list[str], *, cwd: Path, output: IO[str], errors: IO[str], interpreters: bool = False) -> Forked:
-    """Begin a command. A planted sitecustomize.py needs new interpreters for the ranks."""
-    return fork_trainyard(
-        arguments,
-        cwd=cwd,
-        output=output,
-        errors=errors,
-        env=environment(),
-        interpreters=interpreters or "PLANTED" in os.environ,
-    )
-
-
 def environment() -> dict[str, str]:
-    """Every process also takes a sitecustomize.py from PLANTED, where a test has set it."""
-    path = os.pathsep.join([str(PROJECT), *os.environ.get("PLANTED", "").split()])
+    """Every process also takes a sitecustomize.py from the folder SITECUSTOMIZE, where a test has set it."""
+    path = os.pathsep.join([str(PROJECT), *os.environ.get("SITECUSTOMIZE", "").split()])
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -182,7 +170,14 @@ class Runs:
                     start_new_session=True,
                 )
                 if prefix
-                else fork(words, cwd=self.folder, output=output, errors=output, interpreters=interpreters)
+                else fork_trainyard(
+                    words,
+                    cwd=self.folder,
+                    output=output,
+                    errors=output,
+                    env=environment(),
+                    interpreters=interpreters,
+                )
             )
         return Live(process, self.directory(name), log_file)
 
@@ -214,10 +209,7 @@ class Live:
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the ranks, once the launcher has started them."""
         children = psutil.Process(self.process.pid).children()
-        own = {
-            rank_name(rank): rank for rank in range(len(children))
-        }  # a fork's environment is its parent's, to others
-        return {own[c.name()] if c.name() in own else int(c.environ()["RANK"]): c for c in children}
+        return {rank_of(child): child for child in children}
 
     def kill(self) -> None:
         """SIGKILL to the launcher and all workers at once, as a lost node looks."""

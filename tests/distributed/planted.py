@@ -1,4 +1,4 @@
-"""A fault planted in the ranks of a run: its tests set the environment variable PLANT to the arguments of `plant`, as
+"""A fault planted in the ranks of a run: its tests set PLANTED_FAULT in the environment to the arguments of `plant`, as
 JSON, and forked ranks follow it. The product knows nothing of it."""
 
 import json
@@ -20,7 +20,7 @@ MODULE = "model.layers.1.mlp"
 def planted(kind: str, samples: list[int]) -> Iterator[None]:
     """Runs that begin meanwhile have the fault: `kind` is "nan" (the output of MODULE) or "spike" (the logits are
     turned round), `samples` the positions in the data order at which it happens, in training."""
-    with mock.patch.dict(os.environ, PLANT=json.dumps({"kind": kind, "samples": samples})):
+    with mock.patch.dict(os.environ, PLANTED_FAULT=json.dumps({"kind": kind, "samples": samples})):
         yield
 
 

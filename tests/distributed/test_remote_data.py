@@ -42,7 +42,7 @@ def near(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Any:
             patch.setattr(module, "BLOCK_BYTES", BLOCK_BYTES)
         folder = tmp_path_factory.mktemp("planted")
         (folder / "sitecustomize.py").write_text(PLANTED, encoding="utf-8")
-        patch.setenv("PLANTED", str(folder))
+        patch.setenv("SITECUSTOMIZE", str(folder))
         plays = [str(PLAYS / "train" / name) for name in ("hamlet.txt", "othello.txt")]
         tokenizer = runs.folder / "data" / "tokenizer"
         prepare(PrepareOptions(plays, runs.folder / "blocks", tokenizer, validation_fraction=0))

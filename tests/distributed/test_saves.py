@@ -46,7 +46,7 @@ def test_a_kill_in_the_middle_of_a_save(reference: Runs, tmp_path: Path, monkeyp
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK, encoding="utf-8")
     often = {"checkpoint": {"every_steps": 6}}
     with monkeypatch.context() as patch:
-        patch.setenv("PLANTED", str(tmp_path))
+        patch.setenv("SITECUSTOMIZE", str(tmp_path))
         live = reference.start("killed-saving", **often)
         folder = live.directory / "checkpoints"
         live.wait_until(lambda: any(folder.glob(".tmp-step_00000012-*/rank_00001.safetensors")))

@@ -86,7 +86,7 @@ def test_csv_jsonl_and_parquet_are_the_same(shop: Shop, count: int) -> None:
         files = sorted((shop.folder / "data" / name).glob("*/*.bin"))
         assert len(files) >= 2
         shards[kind] = [file.read_bytes() for file in files]
-        if kind != "jsonl":
+        if kind != "jsonl" or count == 100_000:
             losses[kind] = train_three_steps(shop, name)
     assert shards["csv"] == shards["jsonl"] == shards["parquet"]
     assert all(loss == losses["csv"] for loss in losses.values())
